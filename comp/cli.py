@@ -1,0 +1,224 @@
+"""The command line: one short function per subcommand. Heavy modules are imported inside them."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="comp",
+    help="The workbench of one text competition: folds, fine-tuning, honest scores, submission.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Look at config files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[str, typer.Option("--config", help="Config file; a bare name is also looked up in configs/.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value over the config, e.g. training.epochs=2; repeatable.")
+]
+DEBUG = ["training.max_rows=64", "training.epochs=1", "tracking.wandb=off"]
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    fold: Annotated[str, typer.Option(help="all, full (every row, no validation), or numbers like 0,2.")] = "all",
+    overrides: SetOption = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run; default: the config file's.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="64 rows, one fold, one epoch, tracking off.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Train the folds anew, finished ones too.")] = False,
+) -> None:
+    """Train the folds that are not finished yet, and score them."""
+    from comp import config_file
+    from comp.training import crossval
+
+    file = config_file.find(config)
+    loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
+    name = run or file.stem
+    if debug:
+        name, restart = f"{name}-debug", True
+        fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
+    if Path(name).name != name or name.startswith("."):
+        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    crossval.run(loaded, name, fold, restart=restart)
+
+
+@app.command()
+def infer(
+    run: Annotated[list[str] | None, typer.Option(help="Run folder; repeatable; default: the newest finished.")] = None,
+    test: Annotated[str | None, typer.Option(help="Table to predict; default: the config's competition.test.")] = None,
+    out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run>.csv.")] = None,
+    fold: Annotated[str | None, typer.Option(help="full, or numbers like 0,2; default: all finished folds.")] = None,
+    weights: Annotated[str, typer.Option(help="best (by validation) or last.")] = "best",
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
+) -> None:
+    """Predict the test table with finished runs and write a checked submission."""
+    from comp.ship.infer import infer as write
+
+    folds: list[int | str] | None = None
+    if fold is not None:
+        parts = fold.split(",")
+        if fold != "full" and not all(part.strip().isdigit() for part in parts):
+            raise ValueError(f"--fold '{fold}': allowed are full, or numbers like 0,2")
+        folds = ["full"] if fold == "full" else [int(part) for part in parts]
+    write(run or [], test=test, out=out, folds=folds, weights=weights, precision=precision)
+
+
+@app.command()
+def folds(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a fold file that does not fit.")] = False,
+) -> None:
+    """Write folds/<name>.csv (once) and show how balanced it is."""
+    from comp import config_file
+    from comp.data import folds as splits
+    from comp.data.tables import leak_warnings, read_test, read_train
+
+    loaded = config_file.load(config, overrides or [])
+    competition = loaded.competition
+    table = read_train(competition, loaded.tasks)
+    test = read_test(competition.test, competition) if competition.test else None
+    path = Path("folds") / f"{loaded.fold_name}.csv"
+    if overwrite and path.exists():
+        splits.write_folds(path, table, splits.make_folds(table, loaded.tasks, loaded.folds), loaded.folds)
+    folding = splits.get_or_make_folds(path, table, loaded.tasks, loaded.folds)
+    print(f"{path}: {len(table):,} rows, {folding.num_folds} folds, fingerprint {folding.fingerprint}")
+    for line in splits.audit(folding.fold, table, loaded.tasks[0], group=loaded.folds.group):
+        print(line)
+    for line in leak_warnings(table, test):
+        print(f"warning: {line}")
+
+
+@app.command()
+def score(
+    submission: Annotated[Path, typer.Option(help="Submission CSV.")],
+    truth: Annotated[Path, typer.Option(help="CSV of the true targets; a Usage column is scored apart.")],
+    metric: Annotated[str, typer.Option(help="Metric, see `comp list metrics`.")],
+    id_column: Annotated[str | None, typer.Option("--id", help="Id column; default: the submission's first.")] = None,
+) -> None:
+    """Score a submission against a file of true targets."""
+    from comp.ship.submission import score_submission
+
+    for part, value in score_submission(submission, truth, metric, id_column).items():
+        print(f"{metric} {part}: {value:.5f}")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder with train, test and sample_submission.")] = Path("."),
+    out: Annotated[Path | None, typer.Option(help="Config to write; default: configs/<name>.yaml.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the competition; default: the folder's.")] = None,
+) -> None:
+    """Look at a competition's files and write a first config."""
+    from comp.data.first_config import write_first_config
+
+    name = name or folder.resolve().name
+    path = out or Path("configs") / f"{name}.yaml"
+    for line in write_first_config(folder, path, name):
+        print(line)
+    print(f"wrote {path}; next: comp folds --config {path}")
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str | None, typer.Argument(help="poolers, losses, metrics, optimizers, schedules, ...")] = None,
+) -> None:
+    """List a catalogue: name, what it is, where it comes from."""
+    from comp.catalog import CATALOGUES, catalogue
+
+    if what is None:
+        for name in CATALOGUES:
+            print(f"comp list {name}")
+        return
+    rows = catalogue(what)
+    width = max(map(len, rows))
+    for name, row in rows.items():
+        print(f"{name:<{width}}  {row.about}" + (f"  [{row.source}]" if row.source else ""))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: versions, devices and their kernels, memory, disk, tracking, network."""
+    from comp.doctor import examine, has_problem, render
+
+    findings = examine()
+    print(render(findings))
+    if has_problem(findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo() -> None:
+    """Train, infer and score a small competition made from film reviews; about three minutes on two cores."""
+    from comp.ship.demo import run_demo
+
+    run_demo()
+
+
+@config_app.command("show")
+def config_show(config: Annotated[str, typer.Argument(help="Config file.")], overrides: SetOption = None) -> None:
+    """Print the resolved config: every key, after extends and --set."""
+    from comp import config_file
+
+    print(config_file.dump(config_file.load(config, overrides or [])), end="")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema, for completion and checks in editors."""
+    import json
+
+    from comp import config_file
+
+    print(json.dumps(config_file.schema(), indent=2))
+
+
+@config_app.command("check")
+def config_check(
+    configs: Annotated[list[str], typer.Argument(help="Config files.")], overrides: SetOption = None
+) -> None:
+    """Check config files; print every fault of every file at once."""
+    from comp import config_file
+
+    faults = []
+    for config in configs:
+        try:
+            config_file.load(config, overrides or [])
+            print(f"{config_file.find(config)}: ok")
+        except ValueError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit status 2, without traceback."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app()
+    except ValueError as fault:
+        if not _is_ours(fault):
+            raise
+        print(f"comp: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except ArithmeticError as fault:
+        if not _is_ours(fault):
+            raise
+        print(f"comp: {fault}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(fault: BaseException) -> bool:
+    """Tell whether `comp` itself raised it: a ValueError out of a library is a bug of ours, and keeps its traceback."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)

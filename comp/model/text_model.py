@@ -1,0 +1,86 @@
+"""Backbone -> pooler -> one head per task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from comp.catalog import pick
+from comp.data.batches import Batch
+from comp.model.backbone import Backbone, load_backbone, rebuild_backbone
+from comp.model.pooling import POOLERS, Pooler, build_pooler
+
+__all__ = ["TextModel", "build_model"]
+
+
+class TextModel(nn.Module):
+    """One vector per text, then a linear head per task.
+
+    `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others.
+    """
+
+    def __init__(
+        self, backbone: Backbone, pooler: Pooler, heads: Mapping[str, int], *, head_dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooler = pooler
+        self.head_dropout = nn.Dropout(head_dropout)
+        self.heads = nn.ModuleDict({name: nn.Linear(pooler.out_features, size) for name, size in heads.items()})
+        std = float(getattr(backbone.config, "initializer_range", 0.02))
+        for head in self.heads.values():
+            assert isinstance(head, nn.Linear)
+            nn.init.normal_(head.weight, std=std)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        hidden = self.backbone(batch.input_ids, batch.mask, batch.token_type_ids, layers=self.pooler.layers)
+        # Pooler, heads and losses stay in float32 under autocast: they are cheap, and half precision costs digits.
+        with torch.autocast(batch.input_ids.device.type, enabled=False):
+            vector = self.head_dropout(self.pooler(hidden, batch.mask, batch.input_ids))
+            return {name: head(vector) for name, head in self.heads.items()}
+
+    def depth_of(self, name: str) -> int:
+        """Return the depth of a parameter: 0 = embeddings, 1..L = block, L + 1 = pooler and heads."""
+        if name.startswith("backbone."):
+            return self.backbone.depth_of(name.removeprefix("backbone."))
+        return self.backbone.num_layers + 1
+
+
+def build_model(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    pretrained: bool,
+    pooler: str,
+    heads: Mapping[str, int],
+    max_length: int,
+    dropout: float | None = 0.0,
+    head_dropout: float = 0.0,
+    freeze_embeddings: bool = False,
+    freeze_layers: int = 0,
+    gradient_checkpointing: bool = False,
+) -> TextModel:
+    """Build the model for training (`pretrained`: weights from `source`) or for inference (a run's backbone folder).
+
+    `heads`: task name -> number of outputs. Raises ValueError when pooler, length or freezing do not fit the backbone.
+    """
+    needs_pooler = pick(POOLERS, pooler, "pooler").make.needs_trained_pooler
+    if pretrained:
+        backbone = load_backbone(str(source), tokenizer, dropout=dropout, with_pooler=needs_pooler)
+    else:
+        backbone = rebuild_backbone(source, tokenizer, dropout=dropout, with_pooler=needs_pooler)
+    if backbone.max_positions is not None and max_length > backbone.max_positions:
+        raise ValueError(
+            f"model.max_length is {max_length}, but '{source}' has {backbone.max_positions} positions; set it to at "
+            f"most {backbone.max_positions}"
+        )
+    model = TextModel(backbone, build_pooler(pooler, backbone), heads, head_dropout=head_dropout)
+    backbone.freeze(embeddings=freeze_embeddings, num_layers=freeze_layers)
+    if gradient_checkpointing:
+        backbone.checkpoint_gradients()
+    return model

@@ -1,0 +1,173 @@
+"""What a run folder holds: its paths, atomic writes, fingerprints of data, folds, config and code.
+
+runs/NAME/  config.yaml  manifest.json  backbone/ (config + tokenizer, no weights)
+            foldK/{best.safetensors, last.safetensors, metrics.jsonl, oof.parquet, done.json}
+            oof.parquet  scores.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "RunFolder",
+    "commit",
+    "digest",
+    "digest_folder",
+    "newest_finished",
+    "now",
+    "read_json",
+    "versions",
+    "write_atomic",
+    "write_json",
+    "write_text",
+]
+
+RUNS = Path("runs")
+VERSIONED = ("comp", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "safetensors")
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """Return 16 hex digits of the SHA-256 over `parts`, each preceded by its length so that borders count."""
+    sha = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        sha.update(len(raw).to_bytes(8, "little"))
+        sha.update(raw)
+    return sha.hexdigest()[:16]
+
+
+def digest_folder(folder: Path, patterns: Iterable[str]) -> str:
+    """Return the digest of names and contents of the files in `folder` that match one of `patterns`."""
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    parts: list[str | bytes] = []
+    for file in files:
+        parts += [file.name, file.read_bytes()]
+    return digest(parts)
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` in the same folder, flush it to disk, then rename onto `path`.
+
+    A reader sees the old file or the whole new one, never a part; a killed process leaves the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, keys in the given order; NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises ValueError that names the file when it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as fault:
+        raise ValueError(f"{path} is not valid JSON ({fault}); delete it or make the run anew") from None
+
+
+def now() -> str:
+    """Return the UTC time in ISO format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide a result."""
+    found = {"python": sys.version.split()[0]}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str | None:
+    """Return the git commit of the current directory, "+changes" appended when dirty, or None outside git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+class RunFolder:
+    """The paths inside one run's folder."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.manifest = self.path / "manifest.json"
+        self.backbone = self.path / "backbone"
+        self.oof = self.path / "oof.parquet"
+        self.scores = self.path / "scores.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def fold(self, fold: int | str) -> FoldFolder:
+        """Return the folder of fold 0, 1, ... or "full"."""
+        return FoldFolder(self.path / f"fold{fold}" if fold != "full" else self.path / "full")
+
+    def finished_folds(self) -> list[int | str]:
+        """Return the folds that have run to their end, numbers first, then "full"."""
+        numbers = sorted(
+            int(folder.name[4:])
+            for folder in self.path.glob("fold*")
+            if folder.name[4:].isdigit() and (folder / "done.json").exists()
+        )
+        return [*numbers, *(["full"] if self.fold("full").done.exists() else [])]
+
+
+class FoldFolder:
+    """The paths inside one fold's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.best = path / "best.safetensors"
+        self.last = path / "last.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.oof = path / "oof.parquet"
+        self.groups = path / "groups.txt"
+        self.done = path / "done.json"
+
+
+def newest_finished(root: Path = RUNS) -> Path:
+    """Return the run under `root` that finished a fold last. Raises ValueError when there is none."""
+    done = [file for file in root.glob("*/*/done.json") if not file.parent.parent.name.endswith("-debug")]
+    if not done:
+        raise ValueError(f"no finished run under {root}/; train one with `comp train`, or name one with --run")
+    return max(done, key=lambda file: file.stat().st_mtime).parent.parent

@@ -1,0 +1,404 @@
+"""Assemble one fold, run the folds that are asked for, score them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from comp import config_file
+from comp.config import Config, parse_every
+from comp.data.batches import Batch, Encoded, Labels, collate, encode, training_windows
+from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
+from comp.data.tables import Table, leak_warnings, read_test, read_train
+from comp.metrics import evaluate, is_better
+from comp.model.backbone import load_tokenizer, save_recipe
+from comp.model.losses import build_loss, item_count, num_outputs
+from comp.model.text_model import TextModel, build_model
+from comp.optim import build_optimizer
+from comp.optim.groups import build_groups, group_table
+from comp.optim.schedules import build_schedule
+from comp.progress import open_progress
+from comp.runs import RunFolder, commit, digest, now, read_json, versions, write_json, write_text
+from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
+from comp.tracking import open_tracker
+from comp.training import oof
+from comp.training.cadence import Cadence, Never
+from comp.training.checkpoint import save_weights
+from comp.training.predict import Predictions, predict
+from comp.training.trainer import Parts, TrainState, fit
+
+__all__ = ["parse_folds", "run"]
+
+FOLDS = Path("folds")
+Fold = int | str
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all folds of a run share."""
+
+    config: Config
+    folder: RunFolder
+    table: Table
+    folding: Folding | None
+    """None when only the full-data model is trained."""
+    tokenizer: Any
+    encoded: Encoded
+    runtime: Runtime
+    say: Say
+
+
+def parse_folds(text: str, num_folds: int) -> list[Fold]:
+    """Read "all", "full", "3" or "0,2". Raises ValueError that says what is allowed."""
+    if text == "all":
+        return list(range(num_folds))
+    if text == "full":
+        return ["full"]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
+        raise ValueError(f"--fold '{text}': allowed are all, full, or numbers 0 to {num_folds - 1} like 0,2")
+    return [int(part) for part in parts]
+
+
+def run(config: Config, name: str, folds: str = "all", *, restart: bool = False, say: Say = print) -> oof.Scores | None:
+    """Train the folds of a run that are not finished yet, then gather and score all finished ones.
+
+    `say` takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
+    ValueError, before any training, for whatever does not fit.
+    """
+    wanted = parse_folds(folds, config.folds.num_folds)
+    folder = RunFolder(Path("runs") / name)
+    table = read_train(config.competition, config.tasks)
+    test = read_test(config.competition.test, config.competition) if config.competition.test else None
+    for line in leak_warnings(table, test):
+        say(f"warning: {line}")
+    folding = None
+    if wanted != ["full"]:
+        folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
+    runtime = open_runtime(config.training.precision)
+    tokenizer = load_tokenizer(config.model.backbone)
+    _claim(folder, config, table, folding, runtime, restart=wanted if restart else [])
+    encoded = encode(tokenizer, table.texts, max_length=config.model.max_length, truncation=config.model.truncation)
+    plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, say)
+    say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
+    if encoded.num_cut:
+        share = encoded.num_cut / len(encoded)
+        say(f"{encoded.num_cut:,} texts ({share:.1%}) are cut at model.max_length {config.model.max_length} tokens")
+    for fold in wanted:
+        if folder.fold(fold).done.exists():
+            say(f"fold {fold}: finished before, skipped (--restart trains it again)")
+        else:
+            train_fold(plan, fold)
+            release_memory()
+    return _score(plan)
+
+
+def _claim(
+    folder: RunFolder,
+    config: Config,
+    table: Table,
+    folding: Folding | None,
+    runtime: Runtime,
+    *,
+    restart: Sequence[Fold],
+) -> None:
+    """Make the run folder, or make sure that the one there was made from the same config, data and folds.
+
+    `restart`: folds to forget. When config, data or folds have changed, a restart forgets the whole run.
+    """
+    plain = config.model_copy(update={"tracking": type(config.tracking)()})
+    marks = {"config": digest([config_file.dump(plain)]), "data": table.fingerprint()}
+    if folding is not None:
+        marks["folds"] = folding.fingerprint
+    before: dict[str, Any] = read_json(folder.manifest) if folder.manifest.exists() else {}
+    known: dict[str, str] = before.get("fingerprints", {})
+    changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
+    if changed and restart:
+        shutil.rmtree(folder.path)
+    elif changed and folder.finished_folds():
+        detail = _difference(folder.config, config) if "config" in changed else ""
+        raise ValueError(
+            f"{folder.path} was made from another {' and another '.join(changed)}{detail}; name a new run with --run, "
+            "or start this one anew with --restart"
+        )
+    for fold in restart:
+        shutil.rmtree(folder.fold(fold).path, ignore_errors=True)
+    if before and not changed and known.keys() >= marks.keys():
+        return
+    write_text(folder.config, config_file.dump(config))
+    manifest = {
+        "created": now(),
+        "commit": commit(),
+        "versions": versions(),
+        "runtime": runtime.describe(),
+        "backbone": config.model.backbone,
+        "classes": table.classes,
+        "fingerprints": {**({} if changed else known), **marks},
+    }
+    write_json(folder.manifest, manifest)
+
+
+def _difference(path: Path, config: Config) -> str:
+    """Return ": key old -> new, ..." between the saved config and this one."""
+
+    def flat(value: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
+        return {key: value}
+
+    old = flat(config_file.parse_yaml(path.read_text(encoding="utf-8")))
+    new = flat(config.model_dump(mode="json"))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not key.startswith("tracking.")]
+    shown = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys[:5])
+    return f": {shown}{', ...' if len(keys) > 5 else ''}" if keys else ""
+
+
+# --- one fold --------------------------------------------------------------------------------------------------------
+
+
+def train_fold(plan: Plan, fold: Fold) -> None:
+    """Train one fold from seed to done.json."""
+    config, table, runtime = plan.config, plan.table, plan.runtime
+    folder = plan.folder.fold(fold)
+    started = time.perf_counter()
+    if folder.path.exists():
+        plan.say(f"fold {fold}: was not finished, starts anew")
+        shutil.rmtree(folder.path)
+    training, held_out = _rows(plan, fold)
+    if fold != "full" and not len(held_out):
+        raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
+
+    seed_everything(config.training.seed)
+    model = _model(plan).to(runtime.device)
+    save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
+
+    groups = build_groups(
+        model,
+        depth_of=model.depth_of,
+        num_layers=model.backbone.num_layers,
+        lr=config.optimizer.lr,
+        head_lr=config.optimizer.head_lr,
+        weight_decay=config.optimizer.weight_decay,
+        **config.groups.model_dump(),
+    )
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    table_text = group_table(groups, frozen)
+    if not plan.folder.finished_folds():
+        plan.say(table_text)
+    write_text(folder.groups, table_text + "\n")
+    own = config.optimizer.model_dump(exclude={"name", "lr", "head_lr", "weight_decay", "clip_norm"})
+    optimizer = build_optimizer(config.optimizer.name, groups, **own)
+
+    steps_per_epoch = -(-len(training) // config.training.batch_size)
+    num_steps = steps_per_epoch * config.training.epochs
+    schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    labels = Labels(table.targets, table.weights)
+    held = HeldOut(plan, model, held_out, folder.best)
+    tracker = open_tracker(
+        config.tracking,
+        competition=config.competition.name,
+        run_name=plan.folder.name,
+        fold=fold,
+        folder=folder.path,
+        metrics_path=folder.metrics,
+        config_dict=config.model_dump(mode="json"),
+    )
+    progress = open_progress(num_steps, f"fold {fold}")
+    losses = _Losses(plan)
+    parts = Parts(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=runtime.grad_scaler(),
+        autocast=runtime.autocast,
+        device=runtime.device,
+        windows=partial(_windows, plan, training),
+        collate=lambda rows: collate(plan.encoded, rows, labels),
+        count=losses.count,
+        loss=losses.share,
+        evaluate=held.evaluate,
+        keep_best=held.keep_best,
+        is_better=partial(is_better, config.metric),
+        cadence=_cadence(config, num_steps, steps_per_epoch) if fold != "full" else Never(),
+        tracker=tracker,
+        progress=progress,
+        epochs=config.training.epochs,
+        clip_norm=config.optimizer.clip_norm,
+        patience=config.evaluation.patience,
+    )
+    plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
+    try:
+        state = fit(parts, TrainState())
+    finally:
+        progress.close()
+        tracker.finish()
+
+    save_weights(folder.last, model)
+    summary: dict[str, Any] = {"steps": state.step, "seconds": round(time.perf_counter() - started, 1)}
+    if fold != "full":
+        held.write(folder.oof, int(fold))
+        summary |= {
+            "best": state.best_score,
+            "best_step": state.best_step,
+            "last": state.last_score,
+            "evaluations": state.num_evaluations,
+            "stopped_early": state.stopped_early,
+            "evaluation_share": round(state.eval_seconds / max(state.eval_seconds + state.train_seconds, 1e-9), 3),
+        }
+        plan.say(
+            f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
+            f"last {state.last_score:.5f}, {state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
+        )
+    summary["tokens_per_second"] = round(state.num_tokens / max(state.train_seconds, 1e-9))
+    write_json(folder.done, summary)  # last: a fold is finished when this file is there
+
+
+def _rows(plan: Plan, fold: Fold) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (training rows, held-out rows) of a fold, cut to training.max_rows each."""
+    if fold == "full":
+        training, held_out = np.arange(len(plan.table)), np.zeros(0, np.int64)
+    else:
+        assert plan.folding is not None and isinstance(fold, int)
+        training = train_rows(plan.folding.fold, fold, plan.folding.splitter)
+        held_out = valid_rows(plan.folding.fold, fold)
+    limit = plan.config.training.max_rows
+    if limit is not None:
+        generator = np.random.default_rng(plan.config.training.seed)
+        training = np.sort(generator.permutation(training)[:limit])
+        held_out = np.sort(generator.permutation(held_out)[:limit])
+    return training, held_out
+
+
+def _model(plan: Plan) -> TextModel:
+    model = plan.config.model
+    return build_model(
+        model.backbone,
+        plan.tokenizer,
+        pretrained=True,
+        pooler=model.pooler.name,
+        heads=_heads(plan),
+        max_length=model.max_length,
+        dropout=model.dropout,
+        head_dropout=model.head_dropout,
+        freeze_embeddings=model.freeze_embeddings,
+        freeze_layers=model.freeze_layers,
+        gradient_checkpointing=model.gradient_checkpointing,
+    )
+
+
+def _heads(plan: Plan) -> dict[str, int]:
+    classes = plan.table.classes
+    return {task.name: num_outputs(task, len(classes.get(task.name, []))) for task in plan.config.tasks}
+
+
+def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:
+    options = plan.config.training
+    return training_windows(
+        training,
+        plan.encoded.lengths,
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
+        bucketing=options.length_bucketing,
+        seed=options.seed,
+        epoch=epoch,
+    )
+
+
+def _cadence(config: Config, num_steps: int, steps_per_epoch: int) -> Cadence:
+    return Cadence.from_unit(
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        every=parse_every(config.evaluation.every) if config.evaluation.every else None,
+        table=config.evaluation.schedule,
+        start_percent=config.evaluation.start_percent,
+    )
+
+
+class _Losses:
+    """The tasks' losses, summed by weight, each divided by its own item count in the window."""
+
+    def __init__(self, plan: Plan) -> None:
+        heads = _heads(plan)
+        self.tasks = plan.config.tasks
+        self.losses = {task.name: build_loss(task.loss, task.kind, heads[task.name]) for task in self.tasks}
+        self.targets, self.weights = plan.table.targets, plan.table.weights
+
+    def count(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        weights = None if self.weights is None else torch.from_numpy(self.weights[rows])
+        return {
+            task.name: float(item_count(torch.from_numpy(self.targets[task.name][rows]), weights, task.kind))
+            for task in self.tasks
+        }
+
+    def share(self, outputs: dict[str, torch.Tensor], batch: Batch, items: dict[str, float]) -> torch.Tensor:
+        total = torch.zeros((), device=batch.input_ids.device)
+        for task in self.tasks:
+            summed, _ = self.losses[task.name](outputs[task.name], batch.targets[task.name], batch.weights)
+            # A window whose rows all weigh 0 has nothing to teach: its sum is 0, and so is its share.
+            total = total + task.weight * summed / (items[task.name] or 1.0)
+        return total
+
+
+class HeldOut:
+    """The held-out rows of a fold: scored during training, their predictions kept for the best and the last weights."""
+
+    def __init__(self, plan: Plan, model: TextModel, rows: NDArray[np.int64], best: Path) -> None:
+        self.plan, self.model, self.rows, self.path = plan, model, rows, best
+        self.kinds = {task.name: task.kind for task in plan.config.tasks}
+        self.targets = {name: values[rows] for name, values in plan.table.targets.items()}
+        self.best: Predictions | None = None
+        self.last: Predictions | None = None
+
+    def evaluate(self) -> float:
+        """Predict the rows and return the metric of the first task; NaN when a prediction is not finite."""
+        plan = self.plan
+        self.last = predict(
+            self.model, plan.encoded, plan.table.ids, kinds=self.kinds, runtime=plan.runtime, rows=self.rows
+        )
+        first = plan.config.tasks[0].name
+        if not np.isfinite(self.last.values[first]).all():
+            return float("nan")
+        return evaluate(plan.config.metric, self.targets[first], self.last.values[first])
+
+    def keep_best(self) -> None:
+        """Keep the latest predictions, and the weights that made them, as the best."""
+        self.best = self.last
+        save_weights(self.path, self.model)
+
+    def write(self, path: Path, fold: int) -> None:
+        """Write the fold's out-of-fold rows."""
+        assert self.best is not None and self.last is not None
+        oof.write(
+            path,
+            fold=fold,
+            tasks=self.plan.config.tasks,
+            classes=self.plan.table.classes,
+            targets=self.targets,
+            best=self.best,
+            last=self.last,
+        )
+
+
+def _score(plan: Plan) -> oof.Scores | None:
+    """Gather the finished folds, print the scores three ways and write scores.json."""
+    finished = [fold for fold in plan.folder.finished_folds() if isinstance(fold, int)]
+    if not finished:
+        return None
+    frame = oof.gather(plan.folder, finished)
+    scores = oof.score(frame, plan.config.tasks[0], plan.config.metric)
+    write_json(plan.folder.scores, scores.as_dict())
+    missing: Sequence[int] = sorted(set(range(plan.config.folds.num_folds)) - set(finished))
+    plan.say(scores.table())
+    if missing:
+        plan.say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
+    return scores

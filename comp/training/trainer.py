@@ -1,0 +1,232 @@
+"""The training loop: Parts in, weights and a TrainState out.
+
+A window is what one optimizer step sees: `batch_size` rows, in micro-batches. Every loss is divided by the item count
+of its whole window, so the gradient equals that of the one big batch, ragged windows included.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from comp.data.batches import Batch
+from comp.progress import NullProgress
+from comp.tracking import Tracker
+
+__all__ = ["NonFiniteError", "Parts", "TrainState", "fit"]
+
+LOG_STEPS = 10  # losses stay on the device until then: reading one is a sync point
+
+Rows = NDArray[np.int64]
+Outputs = dict[str, torch.Tensor]
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the gradient became NaN or infinite; training cannot go on."""
+
+
+class WhenToEvaluate(Protocol):
+    def due(self, step: int, last_step: int, last_score: float | None) -> bool: ...
+
+
+@dataclass
+class TrainState:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epochs done."""
+    num_tokens: int = 0
+    """Real tokens seen."""
+    num_evaluations: int = 0
+    best_score: float | None = None
+    best_step: int = 0
+    last_score: float | None = None
+    last_eval_step: int = 0
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    train_seconds: float = 0.0
+    """Time in training steps."""
+    eval_seconds: float = 0.0
+    """Time in evaluations, writing of the best weights included."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything `fit` works with, finished."""
+
+    model: nn.Module
+    """model(batch) -> task name -> (B, K)"""
+    optimizer: torch.optim.Optimizer
+    """Its groups carry `peak_lr`."""
+    schedule: Callable[[int], float]
+    """Steps done -> multiplier of every group's peak rate."""
+    scaler: torch.amp.GradScaler
+    autocast: Callable[[], AbstractContextManager[Any]]
+    device: torch.device
+    windows: Callable[[int], Sequence[Sequence[Rows]]]
+    """Epoch -> windows of micro-batches of row numbers."""
+    collate: Callable[[Rows], Batch]
+    count: Callable[[Rows], dict[str, float]]
+    """Rows of a window -> items per task, on the CPU."""
+    loss: Callable[[Outputs, Batch, dict[str, float]], torch.Tensor]
+    """Outputs, micro-batch, items of the window -> this micro-batch's share of the window's mean loss."""
+    evaluate: Callable[[], float]
+    """Score the held-out rows; NaN when the predictions are not finite."""
+    keep_best: Callable[[], None]
+    """Keep the present weights, and the predictions just made, as the best."""
+    is_better: Callable[[float, float | None], bool]
+    cadence: WhenToEvaluate
+    tracker: Tracker
+    progress: NullProgress
+    epochs: int
+    clip_norm: float | None = None
+    patience: int | None = None
+
+
+def fit(parts: Parts, state: TrainState) -> TrainState:
+    """Train from `state` to the last epoch, or until patience runs out.
+
+    Raises NonFiniteError when loss or gradient is not finite: the best weights kept so far stay as they are.
+    """
+    pulse = _Pulse(parts, state)
+    parts.model.train()
+    parts.optimizer.zero_grad(set_to_none=True)
+    while state.epoch < parts.epochs and not state.stopped_early:
+        for window in parts.windows(state.epoch):
+            lr = _set_rates(parts, state.step)
+            loss = _backward(parts, state, window)
+            norm = _clip(parts)
+            parts.scaler.step(parts.optimizer)
+            parts.scaler.update()
+            parts.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            pulse.beat(loss, norm, lr)
+            if parts.cadence.due(state.step, state.last_eval_step, state.last_score):
+                pulse.read()
+                _evaluate(parts, state, pulse)
+                if parts.patience is not None and state.evaluations_since_best >= parts.patience:
+                    state.stopped_early = True
+                    break
+        state.epoch += 1
+    pulse.read()
+    return state
+
+
+def _set_rates(parts: Parts, step: int) -> float:
+    multiplier = parts.schedule(step)
+    for group in parts.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * multiplier
+    return float(parts.optimizer.param_groups[-1]["lr"])
+
+
+def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.Tensor:
+    """Accumulate the gradient of one window; return its mean loss, still on the device."""
+    items = parts.count(np.concatenate(window))
+    total = torch.zeros((), device=parts.device)
+    for rows in window:
+        batch = parts.collate(rows).to(parts.device)
+        with parts.autocast():
+            outputs = parts.model(batch)
+        loss = parts.loss(outputs, batch, items)
+        parts.scaler.scale(loss).backward()
+        total += loss.detach()
+        state.num_tokens += batch.num_tokens
+    return total
+
+
+def _clip(parts: Parts) -> torch.Tensor:
+    """Clip once per window, on true gradients; return the norm before clipping."""
+    parts.scaler.unscale_(parts.optimizer)
+    trainable = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    limit = math.inf if parts.clip_norm is None else parts.clip_norm
+    return nn.utils.clip_grad_norm_(trainable, limit)
+
+
+def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
+    started = time.perf_counter()
+    score = parts.evaluate()
+    if not math.isfinite(score):
+        raise NonFiniteError(_advice(state.step, "the held-out predictions are not finite", pulse.lr))
+    state.num_evaluations += 1
+    state.last_score, state.last_eval_step = score, state.step
+    if parts.is_better(score, state.best_score):
+        state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
+        parts.keep_best()
+    else:
+        state.evaluations_since_best += 1
+    seconds = time.perf_counter() - started
+    state.eval_seconds += seconds
+    pulse.pause(seconds)
+    pulse.show()
+    parts.tracker.log({"valid/score": score, "valid/best": state.best_score}, state.step)
+    mark = " *" if state.best_step == state.step else ""
+    parts.progress.say(f"  step {state.step:>6}  score {score:.5f}  best {state.best_score:.5f}{mark}")
+
+
+class _Pulse:
+    """Collects losses on the device and reads them every few steps: log, progress line, and the check for NaN."""
+
+    def __init__(self, parts: Parts, state: TrainState) -> None:
+        self.parts, self.state = parts, state
+        self.waiting: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
+        self.started, self.tokens = time.perf_counter(), state.num_tokens
+        self.scaled = parts.scaler.is_enabled()
+        self.shown: dict[str, str] = {}
+        self.lr = 0.0
+
+    def beat(self, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
+        self.lr = lr
+        self.waiting.append((self.state.step, loss, norm, lr))
+        if len(self.waiting) >= LOG_STEPS:
+            self.read()
+
+    def pause(self, seconds: float) -> None:
+        """Take an evaluation's time out of the training rate."""
+        self.started += seconds
+
+    def read(self) -> None:
+        if not self.waiting:
+            return
+        state, now = self.state, time.perf_counter()
+        numbers = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm, _ in self.waiting]).tolist()
+        for (step, _, _, lr), (loss, norm) in zip(self.waiting, numbers, strict=True):
+            # Under a loss scaler an infinite gradient is a skipped step, and normal.
+            if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
+                raise NonFiniteError(_advice(step, f"loss {loss}, gradient norm {norm}", lr))
+        seconds = now - self.started
+        rate = (state.num_tokens - self.tokens) / max(seconds, 1e-9)
+        state.train_seconds += seconds
+        mean_loss = sum(loss for loss, _ in numbers) / len(numbers)
+        lr, norm = self.waiting[-1][3], numbers[-1][1]
+        self.parts.tracker.log(
+            {"train/loss": mean_loss, "train/lr": lr, "train/grad_norm": norm, "train/tokens_per_second": rate},
+            state.step,
+        )
+        self.shown = {"loss": f"{mean_loss:.4f}", "lr": f"{lr:.1e}", "tokens/s": f"{rate:,.0f}"}
+        self.show(len(self.waiting))
+        self.waiting.clear()
+        self.started, self.tokens = time.perf_counter(), state.num_tokens
+
+    def show(self, steps: int = 0) -> None:
+        """Move the progress line by `steps`; without, only bring its best score up to date."""
+        best = "-" if self.state.best_score is None else f"{self.state.best_score:.5f}"
+        self.parts.progress.advance(steps, **self.shown, best=best)
+
+
+def _advice(step: int, what: str, lr: float) -> str:
+    return (
+        f"training stopped at step {step}: {what}; learning rate {lr:.2e}. The best weights so far are kept. Try a "
+        "lower optimizer.lr or head_lr, a longer warm-up, optimizer.clip_norm 1.0 or training.precision fp32; and look "
+        "for extreme targets in the data."
+    )

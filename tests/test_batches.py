@@ -1,0 +1,160 @@
+"""Tokenizing, the cache, bucketing, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODELS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comp.data import batches
+from comp.data.batches import Labels, collate, encode, sorted_batches, training_windows
+from comp.model.backbone import load_tokenizer
+
+TEXTS = ["the ship was golden", "a dull tram", "deer", "on the bridge she was happy and the market was bright"]
+
+
+@pytest.fixture
+def bert(tiny_model_folder: Callable[..., Path]) -> object:
+    return load_tokenizer(str(tiny_model_folder("bert")))
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_tokens_equal_the_tokenizers_own(kind: str, tiny_model_folder: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_folder(kind)))
+    encoded = encode(tokenizer, (TEXTS,), max_length=8, cache=None)
+    batch = collate(encoded, np.arange(4))
+    expected = tokenizer(TEXTS, truncation=True, max_length=8, padding=True, return_tensors="pt")
+    assert torch.equal(batch.input_ids, expected["input_ids"])
+    assert torch.equal(batch.mask, expected["attention_mask"])
+    assert batch.num_tokens == int(expected["attention_mask"].sum())
+    if "token_type_ids" in tokenizer.model_input_names:
+        assert batch.token_type_ids is not None
+        assert torch.equal(batch.token_type_ids, expected["token_type_ids"])
+    else:
+        assert batch.token_type_ids is None
+    assert encoded.num_cut == sum(len(tokenizer(text)["input_ids"]) > 8 for text in TEXTS)
+
+
+def test_a_pair_has_two_segments_and_more_columns_are_joined(bert: object) -> None:
+    pair = collate(encode(bert, (["deer"], ["path"]), max_length=16, cache=None), np.arange(1))
+    assert pair.token_type_ids is not None
+    assert pair.token_type_ids.tolist() == [[0, 0, 0, 1, 1]]
+    three = encode(bert, (["deer"], ["path"], ["oak"]), max_length=16, cache=None)
+    assert bert.decode(three.ids) == "[CLS] deer [SEP] path [SEP] oak [SEP]"
+
+
+def test_truncation_keeps_head_or_tail_and_the_special_tokens(bert: object) -> None:
+    text = (["ship wave tide sail oak fern"],)
+    assert bert.decode(encode(bert, text, max_length=5, cache=None).ids) == "[CLS] ship wave tide [SEP]"
+    assert (
+        bert.decode(encode(bert, text, max_length=5, truncation="tail", cache=None).ids) == "[CLS] sail oak fern [SEP]"
+    )
+    assert bert.truncation_side == "right"
+
+
+def test_the_cache_is_used_and_keyed_by_content(bert: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = encode(bert, (TEXTS,), max_length=16, cache=tmp_path)
+    calls = []
+    original = batches._tokenize
+    monkeypatch.setattr(batches, "_tokenize", lambda *args: calls.append(args) or original(*args))
+    again = encode(bert, (TEXTS,), max_length=16, cache=tmp_path)
+    assert not calls
+    assert isinstance(again.ids, np.memmap)
+    assert np.array_equal(first.ids, again.ids)
+    encode(bert, (TEXTS,), max_length=15, cache=tmp_path)
+    encode(bert, (TEXTS,), max_length=16, truncation="tail", cache=tmp_path)
+    encode(bert, ([*TEXTS[:-1], "moss"],), max_length=16, cache=tmp_path)
+    assert len(calls) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing(bert: object, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    encoded = encode(bert, (TEXTS,), max_length=16, cache=tmp_path / "file")
+    assert len(encoded) == 4
+
+
+def test_earlier_calls_leave_no_trace(bert: object) -> None:
+    plain = encode(bert, (TEXTS,), max_length=16, cache=None)
+    bert(TEXTS, padding="max_length", truncation=True, max_length=6)
+    assert np.array_equal(encode(bert, (TEXTS,), max_length=16, cache=None).ids, plain.ids)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=90),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    st.integers(0, 3),
+)
+def test_every_row_stands_in_one_micro_batch(
+    lengths: list[int], batch_size: int, micro: int, bucketing: bool, epoch: int
+) -> None:
+    micro = min(micro, batch_size)
+    rows = np.arange(3, 3 + len(lengths))
+    all_lengths = np.array([0, 0, 0, *lengths])
+    options = {"batch_size": batch_size, "micro_batch_size": micro, "bucketing": bucketing, "seed": 5, "epoch": epoch}
+    windows = training_windows(rows, all_lengths, **options)
+    flat = np.concatenate([part for window in windows for part in window])
+    assert sorted(flat) == sorted(rows)
+    assert len(windows) == -(-len(rows) // batch_size)
+    sizes = sorted((sum(map(len, window)) for window in windows), reverse=True)
+    assert all(size == batch_size for size in sizes[:-1])
+    assert all(len(part) <= micro for window in windows for part in window)
+    again = training_windows(rows, all_lengths, **options)
+    assert all(np.array_equal(a, b) for w, v in zip(windows, again, strict=True) for a, b in zip(w, v, strict=True))
+
+
+def test_order_changes_with_epoch_and_seed_and_bucketing_saves_padding() -> None:
+    lengths = np.random.default_rng(0).integers(5, 250, 400)
+    rows = np.arange(400)
+
+    def order(**options: int) -> list[int]:
+        windows = training_windows(rows, lengths, batch_size=8, **{"seed": 1, "epoch": 0, **options})
+        return np.concatenate([part for window in windows for part in window]).tolist()
+
+    assert order() != order(epoch=1)
+    assert order() != order(seed=2)
+
+    def padded(bucketing: bool) -> int:
+        windows = training_windows(rows, lengths, batch_size=8, bucketing=bucketing, seed=1, epoch=0)
+        return sum(int(lengths[part].max()) * len(part) for window in windows for part in window)
+
+    assert padded(True) < 1.05 * lengths.sum() < padded(False)
+
+
+def test_neither_the_longest_nor_the_ragged_window_has_a_fixed_place() -> None:
+    lengths = np.arange(1, 42)
+    last, longest = set(), set()
+    for epoch in range(12):
+        windows = training_windows(np.arange(41), lengths, batch_size=4, seed=0, epoch=epoch)
+        sizes = [sum(map(len, window)) for window in windows]
+        last.add(sizes.index(1))
+        longest.add(next(place for place, window in enumerate(windows) if 40 in np.concatenate(window)))
+    assert len(last) > 3
+    assert len(longest) > 3
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_prediction_batches_cover_all_rows_longest_first(lengths: list[int]) -> None:
+    array = np.array(lengths)
+    parts = sorted_batches(array, max_rows=7, max_tokens=500)
+    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
+    assert array[parts[0]].max() == array.max()
+    assert all(len(part) == 1 or array[part].max() * len(part) <= 500 for part in parts)
+    assert all(len(part) <= 7 for part in parts)
+
+
+def test_labels_travel_with_their_rows(bert: object) -> None:
+    encoded = encode(bert, (TEXTS,), max_length=16, cache=None)
+    labels = Labels({"a": np.arange(4, dtype=np.float32)[:, None]}, np.array([1, 2, 3, 4], np.float32))
+    batch = collate(encoded, np.array([2, 0]), labels)
+    assert batch.targets["a"].tolist() == [[2.0], [0.0]]
+    assert batch.weights is not None
+    assert batch.weights.tolist() == [3.0, 1.0]
+    assert batch.to(torch.device("cpu")) is batch

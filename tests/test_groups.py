@@ -1,0 +1,136 @@
+"""Parameter groups: every trainable parameter once, the right rate, the right decay, on every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_MODELS
+from torch import nn
+
+from comp.model.backbone import load_tokenizer
+from comp.model.text_model import TextModel, build_model
+from comp.optim import OPTIMIZERS, build_optimizer
+from comp.optim.groups import LAYOUTS, build_groups, group_table
+
+LAYOUT_OPTIONS: dict[str, dict[str, float]] = {"unified": {}, "llrd": {"decay": 0.5}}
+
+
+def made(folder: Path, **options: Any) -> TextModel:
+    return build_model(
+        folder, load_tokenizer(str(folder)), pretrained=True, pooler="mean", heads={"main": 1}, max_length=32, **options
+    )
+
+
+def groups_of(model: TextModel, **options: Any) -> list[Any]:
+    return build_groups(model, depth_of=model.depth_of, num_layers=model.backbone.num_layers, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_every_trainable_parameter_stands_in_one_group(
+    kind: str, layout: str, tiny_model_folder: Callable[..., Path]
+) -> None:
+    model = made(tiny_model_folder(kind), freeze_embeddings=True)
+    groups = groups_of(model, lr=1e-5, layout=layout, **LAYOUT_OPTIONS[layout])
+    listed = [id(parameter) for group in groups for parameter in group.params]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_norms_and_biases_are_not_decayed_and_weights_are(kind: str, tiny_model_folder: Callable[..., Path]) -> None:
+    model = made(tiny_model_folder(kind))
+    decay = {name: group.weight_decay for group in groups_of(model, lr=1e-5, weight_decay=0.1) for name in group.names}
+    norms = 0
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            if isinstance(module, nn.LayerNorm):
+                norms += 1
+                assert decay[full] == 0, full
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                assert decay[full] == (0 if name == "bias" else 0.1), full
+    assert norms >= 6
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_llrd_rates_by_depth(kind: str, tiny_model_folder: Callable[..., Path]) -> None:
+    model = made(tiny_model_folder(kind))
+    groups = groups_of(model, lr=1.0, head_lr=7.0, layout="llrd", decay=0.5)
+    rates = {name: group.lr for group in groups for name in group.names}
+    for name, rate in rates.items():
+        depth = model.depth_of(name)
+        assert rate == (7.0 if depth == 4 else 0.5 ** (4 - depth)), name
+
+
+def test_unified_has_one_backbone_rate_and_head_lr_falls_back(tiny_model_folder: Callable[..., Path]) -> None:
+    model = made(tiny_model_folder("bert"))
+    assert [(g.name, g.lr) for g in groups_of(model, lr=1e-5, head_lr=1e-3)] == [
+        ("head", 1e-3), ("head, no decay", 1e-3), ("backbone", 1e-5), ("backbone, no decay", 1e-5),
+    ]  # fmt: skip
+    assert {group.lr for group in groups_of(model, lr=1e-5)} == {1e-5}
+
+
+def test_the_table_counts_everything(tiny_model_folder: Callable[..., Path]) -> None:
+    model = made(tiny_model_folder("bert"), freeze_layers=1)
+    groups = groups_of(model, lr=2e-5)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert frozen > 0
+    assert sum(g.num_parameters for g in groups) + frozen == sum(p.numel() for p in model.parameters())
+    text = group_table(groups, frozen)
+    assert f"{frozen:,}" in text
+    assert "2.00e-05" in text
+
+
+def test_nothing_to_train_is_refused(tiny_model_folder: Callable[..., Path]) -> None:
+    model = made(tiny_model_folder("bert"))
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        groups_of(model, lr=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_honour_the_rate_of_each_group(name: str, tiny_model_folder: Callable[..., Path]) -> None:
+    """A group with 100 times the rate moves 100 times as far on the first step (Adam is scale-invariant there)."""
+    model = made(tiny_model_folder("bert"))
+    groups = groups_of(model, lr=1e-6, head_lr=1e-4, weight_decay=0.0)
+    optimizer = build_optimizer(name, groups, betas=(0.9, 0.999), eps=1e-12)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.3)
+    optimizer.step()
+    moved = {n: (p.detach() - before[n]).abs().mean().item() for n, p in model.named_parameters()}
+    assert moved["heads.main.bias"] == pytest.approx(1e-4, rel=1e-3)
+    assert moved["backbone.model.encoder.layer.2.output.dense.bias"] == pytest.approx(1e-6, rel=0.05)
+    assert all("peak_lr" in group and "name" in group for group in optimizer.param_groups)
+
+
+def test_adamw_is_torchs() -> None:
+    """Ours against torch's reference loop, decay only where the group has it."""
+    from comp.optim.groups import ParameterGroup
+
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3), torch.randn(3)]
+    mine = [nn.Parameter(t.clone()) for t in start]
+    theirs = [nn.Parameter(t.clone()) for t in start]
+    groups = [
+        ParameterGroup("a", 1e-2, 0.1, ["w"], [mine[0]]),
+        ParameterGroup("b", 1e-3, 0.0, ["b"], [mine[1]]),
+    ]
+    ours = build_optimizer("adamw", groups, betas=(0.8, 0.9), eps=1e-6)
+    reference = torch.optim.AdamW(
+        [{"params": [theirs[0]], "lr": 1e-2, "weight_decay": 0.1}, {"params": [theirs[1]], "lr": 1e-3, "weight_decay": 0.0}],
+        betas=(0.8, 0.9), eps=1e-6, foreach=False, fused=False,
+    )  # fmt: skip
+    for step in range(5):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.sin(a.detach() + step)
+            b.grad = torch.sin(b.detach() + step)
+        ours.step()
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
