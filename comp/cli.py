@@ -45,11 +45,17 @@ def train(
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
     name = run or file.stem
     if debug:
+        if getattr(loaded.schedule, "warmup_steps", None):  # meant for a whole run, longer than this one
+            loaded = config_file.load(file, [*(overrides or []), *DEBUG, "schedule.warmup_steps=1"])
         name, restart = f"{name}-debug", True
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
-    crossval.run(loaded, name, fold, restart=restart)
+    try:
+        crossval.run(loaded, name, fold, restart=restart)
+    except KeyboardInterrupt:
+        print(f"comp: stopped; finished folds of runs/{name} are kept, the same command goes on with the next one")
+        raise typer.Exit(130) from None
 
 
 @app.command()

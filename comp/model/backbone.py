@@ -211,7 +211,7 @@ def load_tokenizer(source: str) -> Any:
 
     folder = resolve_source(source)
     with _quiet_hub(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     if not tokenizer.is_fast:
         raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
     tokenizer.padding_side = "left" if _cls_is_last(tokenizer) else "right"
@@ -238,7 +238,12 @@ def load_backbone(source: str, tokenizer: Any, *, dropout: float | None, with_po
 
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
         model, report = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **options
+            folder,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=Path(folder).is_dir(),  # else some versions ask the hub about a local folder
+            **options,
         )
         return model, set(report["missing_keys"])
 
@@ -272,7 +277,7 @@ def rebuild_backbone(folder: Path | str, tokenizer: Any, *, dropout: float | Non
 def _read_config(folder: str, dropout: float | None) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model.backbone '{folder}': {config.model_type} is an encoder-decoder; this version of comp takes encoders"

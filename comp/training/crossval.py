@@ -239,28 +239,35 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
         state = fit(parts, TrainState())
+        save_weights(folder.last, model)
+        if fold != "full":
+            held.write(folder.oof, int(fold))
+        summary = _summary(state, time.perf_counter() - started)
+        tracker.summary(summary)
     finally:
         progress.close()
         tracker.finish()
-
-    save_weights(folder.last, model)
-    summary: dict[str, Any] = {"steps": state.step, "seconds": round(time.perf_counter() - started, 1)}
     if fold != "full":
-        held.write(folder.oof, int(fold))
-        summary |= {
-            "best": state.best_score,
-            "best_step": state.best_step,
-            "last": state.last_score,
-            "evaluations": state.num_evaluations,
-            "stopped_early": state.stopped_early,
-            "evaluation_share": round(state.eval_seconds / max(state.eval_seconds + state.train_seconds, 1e-9), 3),
-        }
         plan.say(
             f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
             f"last {state.last_score:.5f}, {state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
         )
-    summary["tokens_per_second"] = round(state.num_tokens / max(state.train_seconds, 1e-9))
     write_json(folder.done, summary)  # last: a fold is finished when this file is there
+
+
+def _summary(state: TrainState, seconds: float) -> dict[str, Any]:
+    """Return what done.json and the trackers say of a finished fold; scores are null without held-out rows."""
+    return {
+        "steps": state.step,
+        "seconds": round(seconds, 1),
+        "best": state.best_score,
+        "best_step": state.best_step,
+        "last": state.last_score,
+        "evaluations": state.num_evaluations,
+        "stopped_early": state.stopped_early,
+        "evaluation_share": round(state.eval_seconds / max(state.eval_seconds + state.train_seconds, 1e-9), 3),
+        "tokens_per_second": round(state.num_tokens / max(state.train_seconds, 1e-9)),
+    }
 
 
 def _rows(plan: Plan, fold: Fold) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
