@@ -88,12 +88,10 @@ def folds(
     """Write folds/<name>.csv (once) and show how balanced it is."""
     from comp import config_file
     from comp.data import folds as splits
-    from comp.data.tables import leak_warnings, read_test, read_train
+    from comp.data.tables import read_competition
 
     loaded = config_file.load(config, overrides or [])
-    competition = loaded.competition
-    table = read_train(competition, loaded.tasks)
-    test = read_test(competition.test, competition) if competition.test else None
+    table, _, leaks = read_competition(loaded.competition, loaded.tasks)
     path = Path("folds") / f"{loaded.fold_name}.csv"
     if overwrite and path.exists():
         splits.write_folds(path, table, splits.make_folds(table, loaded.tasks, loaded.folds), loaded.folds)
@@ -101,7 +99,7 @@ def folds(
     print(f"{path}: {len(table):,} rows, {folding.num_folds} folds, fingerprint {folding.fingerprint}")
     for line in splits.audit(folding.fold, table, loaded.tasks[0], group=loaded.folds.group):
         print(line)
-    for line in leak_warnings(table, test):
+    for line in leaks:
         print(f"warning: {line}")
 
 

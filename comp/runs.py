@@ -10,16 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from comp import config_file
+from comp.config import Config, Tracking
+
 __all__ = [
     "RunFolder",
+    "claim",
     "commit",
     "digest",
     "digest_folder",
@@ -171,3 +176,58 @@ def newest_finished(root: Path = RUNS) -> Path:
     if not done:
         raise ValueError(f"no finished run under {root}/; train one with `comp train`, or name one with --run")
     return max(done, key=lambda file: file.stat().st_mtime).parent.parent
+
+
+# --- making a run ----------------------------------------------------------------------------------------------------
+
+
+def claim(
+    folder: RunFolder,
+    config: Config,
+    marks: Mapping[str, str],
+    about: Mapping[str, Any],
+    *,
+    restart: Sequence[int | str] = (),
+) -> None:
+    """Make the run folder, or make sure that the one there was made from the same config, data and folds.
+
+    `marks`: fingerprints of the data and, where there are any, of the folds. `about`: what else manifest.json says.
+    `restart`: folds to forget; when config, data or folds have changed, a restart forgets the whole run. Raises
+    ValueError when finished folds came from something else. `tracking` may change freely.
+    """
+    plain = config.model_copy(update={"tracking": Tracking()})
+    marks = {"config": digest([config_file.dump(plain)]), **marks}
+    before: dict[str, Any] = read_json(folder.manifest) if folder.manifest.exists() else {}
+    known: dict[str, str] = before.get("fingerprints", {})
+    changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
+    if changed and restart:
+        shutil.rmtree(folder.path)
+    elif changed and folder.finished_folds():
+        detail = _difference(folder.config, config) if "config" in changed else ""
+        raise ValueError(
+            f"{folder.path} was made from another {' and another '.join(changed)}{detail}; name a new run with --run, "
+            "or start this one anew with --restart"
+        )
+    for fold in restart:
+        shutil.rmtree(folder.fold(fold).path, ignore_errors=True)
+    if before and not changed and known.keys() >= marks.keys():
+        return
+    fingerprints = {**({} if changed else known), **marks}
+    write_text(folder.config, config_file.dump(config))
+    made = {"created": now(), "commit": commit(), "versions": versions()}
+    write_json(folder.manifest, {**made, **about, "fingerprints": fingerprints})
+
+
+def _difference(path: Path, config: Config) -> str:
+    """Return ": key old -> new, ..." between the saved config and this one."""
+
+    def flat(value: Any, key: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
+        return {key: value}
+
+    old = flat(config_file.parse_yaml(path.read_text(encoding="utf-8")))
+    new = flat(config.model_dump(mode="json"))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not key.startswith("tracking.")]
+    shown = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys[:5])
+    return f": {shown}{', ...' if len(keys) > 5 else ''}" if keys else ""

@@ -15,16 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from comp.config import Competition, Task
-from comp.data.tables import (
-    cell_strings,
-    encode_targets,
-    leak_warnings,
-    parse_numbers,
-    read_frame,
-    read_test,
-    read_train,
-    table_of,
-)
+from comp.data.frames import cell_strings, parse_numbers, read_frame
+from comp.data.tables import encode_targets, leak_warnings, read_competition, read_test, read_train, table_of
 
 REGRESSION = Task.model_validate({"name": "score", "kind": "regression", "targets": ["target"]})
 CLEAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "clear"
@@ -374,6 +366,20 @@ def test_no_leak_no_line() -> None:
 def test_pairs_are_compared_whole() -> None:
     pairs = frame(text=["x", "x", "y"], other=["p", "q", "p"])
     assert leak_warnings(table_of(pairs, competition(text=["text", "other"]), [REGRESSION])) == []
+
+
+def test_a_class_that_only_test_has_is_refused(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    train.write_text("id,text,target\na,one,x\nb,two,y\n")
+    test.write_text("id,text,target\nc,three,z\nd,two,\n")
+    there = competition(train, test=str(test))
+    with pytest.raises(ValueError, match=r"test.csv: column 'target' has 1 unknown labels: 'z' \(1 rows\)"):
+        read_competition(there, [task("multiclass")])
+    test.write_text("id,text,target\nc,three,x\nd,two,\n")
+    table, other, leaks = read_competition(there, [task("multiclass")])
+    assert (len(table), len(other or [])) == (2, 2)
+    assert len(leaks) == 1
+    assert read_competition(competition(train), [task("multiclass")])[1:] == (None, [])
 
 
 def test_real_table() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from comp.data.tables import cell_strings, listed, parse_numbers, read_frame
+from comp.data.frames import cell_strings, listed, parse_numbers, read_frame
 from comp.runs import write_text
 
 __all__ = ["Guess", "guess", "write_first_config"]

@@ -18,16 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp.catalog import Row, pick
-from comp.data.tables import (
-    Table,
-    cell_strings,
-    listed,
-    no_column,
-    parse_numbers,
-    raise_faults,
-    read_frame,
-    row_fault,
-)
+from comp.data.frames import cell_strings, listed, no_column, parse_numbers, raise_faults, read_frame, row_fault
+from comp.data.tables import Table
 from comp.runs import digest, read_json, versions, write_json, write_text
 
 if TYPE_CHECKING:

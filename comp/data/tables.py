@@ -1,14 +1,7 @@
-"""CSV or parquet -> Table (ids, texts, targets), with every check on a user's file in one message per file.
-
-CSV cells are read as text and stay text ("NA", "007" and "" mean themselves); numbers are parsed where a
-column is a target or a weight. Parquet, and frames handed over in a notebook, keep their own types.
-"""
+"""Frames -> Table (ids, texts, targets), with every check on a user's file in one message per file."""
 
 from __future__ import annotations
 
-import csv
-import io
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,33 +13,28 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from comp.catalog import nearest
+from comp.data.frames import (
+    Ids,
+    Values,
+    blank,
+    cell_strings,
+    finite_numbers,
+    index_as_column,
+    listed,
+    named_twice,
+    no_column,
+    raise_faults,
+    read_frame,
+    row_fault,
+)
 from comp.runs import digest
 
 if TYPE_CHECKING:
     from comp.config import Competition, Task
 
-__all__ = [
-    "Table",
-    "cell_strings",
-    "encode_targets",
-    "leak_warnings",
-    "listed",
-    "no_column",
-    "parse_numbers",
-    "raise_faults",
-    "read_frame",
-    "read_test",
-    "read_train",
-    "row_fault",
-    "table_of",
-]
+__all__ = ["Table", "encode_targets", "leak_warnings", "read_competition", "read_test", "read_train", "table_of"]
 
-SUFFIXES = (".csv", ".parquet")
 MOST_GRADES = 1000  # an ordinal target with a wider range is a mistake (a year, an id), not a scale
-Ids: TypeAlias = NDArray[np.object_]
-Mask: TypeAlias = NDArray[np.bool_]
-Values: TypeAlias = NDArray[np.float32]
 Encoded: TypeAlias = tuple[Values, list[str], list[str]]  # targets (N, K), labels or [], faults
 
 
@@ -87,170 +75,6 @@ def _bytes(values: Values) -> bytes:
     return np.ascontiguousarray(values, dtype="<f4").tobytes()
 
 
-# --- messages ----------------------------------------------------------------------------------------------
-
-
-def raise_faults(source: str, faults: Sequence[str]) -> None:
-    """Raise ValueError "source: fault", or with several faults a line for each; nothing when there is none."""
-    if len(faults) == 1:
-        raise ValueError(f"{source}: {faults[0]}")
-    if faults:
-        raise ValueError(f"{source}: {len(faults)} faults\n" + "\n".join(f"  - {fault}" for fault in faults))
-
-
-def listed(items: Iterable[object], most: int = 3) -> str:
-    """Return "'a', 'b', 'c', ..." with at most `most` of the different items."""
-    names = list(dict.fromkeys(map(str, items)))
-    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
-
-
-def _rows(mask: Mask, ids: Ids | None) -> str:
-    """Return "2 rows (id 'a', 'b')"; without ids the rows are counted from 1, the header apart."""
-    found = np.flatnonzero(mask)
-    which = f"data row {listed(found + 1)}".replace("'", "") if ids is None else f"id {listed(ids[found])}"
-    return f"{len(found)} row{'' if len(found) == 1 else 's'} ({which})"
-
-
-def row_fault(what: str, mask: Mask, ids: Ids | None, advice: str, seen: Iterable[object] = ()) -> list[str]:
-    """Return one fault that names the rows under `mask` and what was `seen` there; [] when there are none."""
-    if not mask.any():
-        return []
-    values = listed(seen)
-    return [f"{what} in {_rows(mask, ids)}{': ' if values else ''}{values}; {advice}"]
-
-
-def no_column(name: str, role: str, frame: pd.DataFrame) -> str:
-    """Return the fault of a column that is not there; `role` says what asked for it."""
-    names = [str(column) for column in frame.columns]
-    return f"no column '{name}' ({role}){nearest(name, names)}; the columns are {listed(names, 20)}"
-
-
-def _twice(names: Iterable[object]) -> list[str]:
-    twice = [name for name, times in Counter(map(str, names)).items() if times > 1]
-    return [f"column name {listed(twice)} occurs more than once; rename one"] if twice else []
-
-
-# --- files -------------------------------------------------------------------------------------------------
-
-
-def read_frame(path: Path | str, id_column: str | None = None) -> pd.DataFrame:
-    """Read a CSV (all cells text) or parquet file (native types); with `id_column`, it is sure to have that.
-
-    Raises ValueError: no such file, neither .csv nor .parquet, not UTF-8, ragged or unparsable, no rows, a column
-    name twice, no `id_column`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(_no_file(path))
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: not a {' or '.join(SUFFIXES)} file; unpack or convert it first")
-    frame = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
-    if not len(frame):
-        raise ValueError(f"{path}: the table has no rows, only columns {listed([*frame.columns], 20)}")
-    if id_column is not None:
-        frame = _index_as_column(frame, id_column)
-        if id_column not in frame.columns:
-            raise ValueError(f"{path}: {no_column(id_column, 'the id', frame)}")
-    return frame
-
-
-def _no_file(path: Path) -> str:
-    if path.is_dir():
-        return f"{path}: this is a folder; name the .csv or .parquet file in it"
-    where = f"paths are relative to the current directory, {Path.cwd()}"
-    if not path.parent.is_dir():
-        return f"{path}: no such file, nor is there a folder {path.parent}; {where}"
-    names = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in SUFFIXES)
-    there = f"tables there are {listed(names, 10)}" if names else f"{path.parent} holds no table"
-    return f"{path}: no such file{nearest(path.name, names)}; {there}; {where}"
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as fault:
-        line = raw[: fault.start].count(b"\n") + 1
-        guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
-        raise ValueError(
-            f"{path}: not UTF-8: byte 0x{raw[fault.start]:02x} at offset {fault.start} (line {line}); save "
-            f"it as UTF-8: pandas.read_csv('{path}', encoding='{guess}').to_csv('{path}', index=False)"
-        ) from None
-    # Not pandas' reader: it pads a short row and cuts a long first one without an error.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit = csv.field_size_limit(sys.maxsize)  # a setting of the whole process: put back below
-    try:
-        lines = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as fault:
-        line = reader.line_num
-        raise ValueError(f"{path}: broken CSV, line {line}: {fault}; look for an unclosed quote") from None
-    finally:
-        csv.field_size_limit(limit)
-    if not lines:
-        raise ValueError(f"{path}: the file is empty; its first line must name the columns")
-    header, *rows = [row for _, row in lines]
-    raise_faults(str(path), _twice(header))
-    ragged = [(line, len(row)) for line, row in lines if len(row) != len(header)]
-    if ragged:
-        raise ValueError(
-            f"{path}: {len(ragged)} of {len(rows)} rows do not have the header's {len(header)} fields; the first ends "
-            f"in line {ragged[0][0]} and has {ragged[0][1]}; look for a comma or line break in a text without quotes"
-        )
-    return pd.DataFrame(rows, columns=header, dtype=object)
-
-
-def _read_parquet(path: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as fault:  # pyarrow's errors derive from these
-        raise ValueError(f"{path}: not a readable parquet file ({fault}); write it anew") from None
-    raise_faults(str(path), _twice(frame.columns))
-    return frame
-
-
-def _index_as_column(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Return `frame` with index 0..N-1; an index called `name` becomes a column."""
-    return frame.reset_index(drop=name in frame.columns or frame.index.name != name)
-
-
-# --- cells -------------------------------------------------------------------------------------------------
-
-
-def cell_strings(column: pd.Series) -> list[str]:
-    """Return the cells as text, null as "", 3.0 as "3" (beside a null, pandas makes whole numbers floats)."""
-    missing = column.isna().to_numpy(dtype=bool)
-    whole = [int(c) if isinstance(c, float) and c.is_integer() else c for c in column.tolist()]
-    return ["" if gone else str(cell) for cell, gone in zip(whole, missing, strict=True)]
-
-
-def _blank(cells: Sequence[str]) -> Mask:
-    return np.asarray([not cell.strip() for cell in cells], dtype=bool)
-
-
-def parse_numbers(column: pd.Series) -> tuple[NDArray[np.float64], Mask, Mask]:
-    """Return values, mask of empty cells, mask of cells that are no number, all (N,); NaN under the masks."""
-    if pd.api.types.is_numeric_dtype(column):
-        values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-        return values, np.isnan(values), np.zeros(len(values), dtype=bool)
-    cells = [cell.strip() for cell in cell_strings(column)]
-    values = pd.to_numeric(pd.Series(cells, dtype=object), errors="coerce").to_numpy(dtype=np.float64)
-    missing = _blank(cells)
-    return values, missing, np.isnan(values) & ~missing
-
-
-def _finite(frame: pd.DataFrame, name: str, ids: Ids | None, advice: str) -> tuple[Values, list[str]]:
-    """Return a column as (N,) float32, and its faults; `advice` is for cells that are no number."""
-    values, missing, bad = parse_numbers(frame[name])
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    endless = np.isinf(narrow)
-    return narrow, [
-        *row_fault(f"column '{name}' is empty (NaN)", missing, ids, "fill it in or drop the row"),
-        *row_fault(f"column '{name}' is not a number", bad, ids, advice, frame[name][bad]),
-        *row_fault(f"column '{name}' is infinite or beyond float32", endless, ids, "drop the row"),
-    ]
-
-
 # --- targets -----------------------------------------------------------------------------------------------
 
 
@@ -278,7 +102,7 @@ def _encode(frame: pd.DataFrame, task: Task, classes: Sequence[str] | None, ids:
     advice = f"{'map it to 0 and 1' if shares else 'make it numeric'}, or use kind multiclass for labels"
     columns, faults = [], []
     for name in task.targets:
-        values, wrong = _finite(frame, name, ids, advice)
+        values, wrong = finite_numbers(frame, name, ids, advice)
         columns.append(values)
         faults += wrong
         if shares:
@@ -290,7 +114,7 @@ def _encode(frame: pd.DataFrame, task: Task, classes: Sequence[str] | None, ids:
 
 def _encode_labels(frame: pd.DataFrame, name: str, classes: Sequence[str] | None, ids: Ids | None) -> Encoded:
     cells = cell_strings(frame[name])
-    faults = row_fault(f"column '{name}' has no label", _blank(cells), ids, "fill it in or drop the row")
+    faults = row_fault(f"column '{name}' has no label", blank(cells), ids, "fill it in or drop the row")
     found = _sorted_labels({cell for cell in cells if cell.strip()})
     if classes is None and len(found) == 1:
         faults.append(f"column '{name}' has a single class, {listed(found)}; kind multiclass needs two")
@@ -322,7 +146,7 @@ def _unknown(name: str, cells: Iterable[str], known: Sequence[str]) -> list[str]
 
 
 def _encode_grades(frame: pd.DataFrame, name: str, classes: Sequence[str] | None, ids: Ids | None) -> Encoded:
-    values, faults = _finite(frame, name, ids, "use whole grades, or kind multiclass for labels")
+    values, faults = finite_numbers(frame, name, ids, "use whole grades, or kind multiclass for labels")
     finite = np.isfinite(values)
     broken = finite & (values != np.round(values))
     allowed = "kind ordinal allows whole grades: round them, or use kind regression"
@@ -355,6 +179,23 @@ def read_test(path: Path | str, competition: Competition) -> Table:
     return table_of(read_frame(path), competition, source=str(path))
 
 
+def read_competition(competition: Competition, tasks: Sequence[Task]) -> tuple[Table, Table | None, list[str]]:
+    """Return the training table, the test table (None when the config names none) and the leak warnings.
+
+    Raises ValueError for every fault of either; a test table that carries labels may hold no class that train lacks.
+    """
+    train = read_train(competition, tasks)
+    if competition.test is None:
+        return train, None, leak_warnings(train)
+    test = read_test(competition.test, competition)
+    for task in tasks:
+        column = task.targets[0]
+        if task.kind == "multiclass" and column in test.frame.columns:
+            labels = cell_strings(test.frame[column])
+            raise_faults(competition.test, _unknown(column, labels, train.classes[task.name]))
+    return train, test, leak_warnings(train, test)
+
+
 def table_of(
     frame: pd.DataFrame,
     competition: Competition,
@@ -370,7 +211,7 @@ def table_of(
     classes: task name -> labels of the training table; None = take them from this frame.
     Raises ValueError that lists every fault of the frame.
     """
-    frame = _index_as_column(frame, competition.id)
+    frame = index_as_column(frame, competition.id)
     raise_faults(source, _column_faults(frame, competition, tasks))
     if not len(frame):
         raise ValueError(f"{source}: the table has no rows")
@@ -396,7 +237,7 @@ def table_of(
 def _column_faults(frame: pd.DataFrame, competition: Competition, tasks: Sequence[Task]) -> list[str]:
     names = [str(column) for column in frame.columns]
     if len(set(names)) < len(names):
-        return _twice(names)
+        return named_twice(names)
     roles = [(name, "competition.text") for name in competition.text_columns]
     roles += [(name, f"target of task '{task.name}'") for task in tasks for name in task.targets]
     if tasks and competition.weight is not None:
@@ -415,7 +256,7 @@ def _ids(frame: pd.DataFrame, name: str) -> tuple[Ids, list[str]]:
     cells = cell_strings(frame[name])
     ids = np.empty(len(cells), dtype=object)
     ids[:] = cells
-    missing = _blank(cells)
+    missing = blank(cells)
     again = pd.Series(ids, dtype=object).duplicated().to_numpy() & ~missing
     advice = "ids must be unique: drop the copies, or name another column in competition.id"
     return ids, [
@@ -434,7 +275,7 @@ def _texts(
         if strange is not None:
             kind = type(strange).__name__
             faults.append(f"text column '{name}' holds {kind} values ({strange}, ...); make them strings")
-    empty = np.all([_blank(cells) for cells in texts], axis=0)
+    empty = np.all([blank(cells) for cells in texts], axis=0)
     what = f"column {listed(names, 5)} has no text (empty or missing)"
     if empty.all():
         faults.append(f"{what} in any row; name another column in competition.text")
@@ -447,7 +288,7 @@ def _texts(
 
 
 def _weights(frame: pd.DataFrame, name: str, ids: Ids | None) -> tuple[Values, list[str]]:
-    weights, faults = _finite(frame, name, ids, "weights are numbers >= 0")
+    weights, faults = finite_numbers(frame, name, ids, "weights are numbers >= 0")
     negative = weights < 0
     faults += row_fault(f"column '{name}' is negative", negative, ids, "weights are >= 0", weights[negative])
     if not faults and not weights.any():

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from comp import config_file
 from comp.config import Config, Task
 from comp.data.batches import CACHE, encode
-from comp.data.tables import Table, read_frame, read_test, table_of
+from comp.data.frames import read_frame
+from comp.data.tables import Table, read_test, table_of
 from comp.model.backbone import load_tokenizer
 from comp.model.losses import num_outputs
 from comp.model.text_model import TextModel, build_model

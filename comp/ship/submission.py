@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from comp.catalog import pick
 from comp.config import Task
-from comp.data.tables import cell_strings, parse_numbers, read_frame
+from comp.data.frames import cell_strings, parse_numbers, read_frame
 from comp.metrics import METRICS, evaluate
 from comp.runs import commit, now, write_atomic, write_json
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from comp import config_file
 from comp.config import Config, parse_every
 from comp.data.batches import Batch, Encoded, Labels, collate, encode, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
-from comp.data.tables import Table, leak_warnings, read_test, read_train
-from comp.metrics import evaluate, is_better
+from comp.data.tables import Table, read_competition
+from comp.metrics import is_better
 from comp.model.backbone import load_tokenizer, save_recipe
 from comp.model.losses import build_loss, item_count, num_outputs
 from comp.model.text_model import TextModel, build_model
@@ -27,13 +26,13 @@ from comp.optim import build_optimizer
 from comp.optim.groups import build_groups, group_table
 from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
-from comp.runs import RunFolder, commit, digest, now, read_json, versions, write_json, write_text
+from comp.runs import RunFolder, claim, write_json, write_text
 from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
 from comp.tracking import open_tracker
 from comp.training import oof
 from comp.training.cadence import Cadence, Never
 from comp.training.checkpoint import save_weights
-from comp.training.predict import Predictions, predict
+from comp.training.held_out import HeldOut
 from comp.training.trainer import Parts, TrainState, fit
 
 __all__ = ["parse_folds", "run"]
@@ -78,16 +77,17 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
     """
     wanted = parse_folds(folds, config.folds.num_folds)
     folder = RunFolder(Path("runs") / name)
-    table = read_train(config.competition, config.tasks)
-    test = read_test(config.competition.test, config.competition) if config.competition.test else None
-    for line in leak_warnings(table, test):
+    table, _, leaks = read_competition(config.competition, config.tasks)
+    for line in leaks:
         say(f"warning: {line}")
     folding = None
     if wanted != ["full"]:
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
-    _claim(folder, config, table, folding, runtime, restart=wanted if restart else [])
+    marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
+    about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    claim(folder, config, marks, about, restart=wanted if restart else [])
     encoded = encode(tokenizer, table.texts, max_length=config.model.max_length, truncation=config.model.truncation)
     plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, say)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
@@ -101,66 +101,6 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
             train_fold(plan, fold)
             release_memory()
     return _score(plan)
-
-
-def _claim(
-    folder: RunFolder,
-    config: Config,
-    table: Table,
-    folding: Folding | None,
-    runtime: Runtime,
-    *,
-    restart: Sequence[Fold],
-) -> None:
-    """Make the run folder, or make sure that the one there was made from the same config, data and folds.
-
-    `restart`: folds to forget. When config, data or folds have changed, a restart forgets the whole run.
-    """
-    plain = config.model_copy(update={"tracking": type(config.tracking)()})
-    marks = {"config": digest([config_file.dump(plain)]), "data": table.fingerprint()}
-    if folding is not None:
-        marks["folds"] = folding.fingerprint
-    before: dict[str, Any] = read_json(folder.manifest) if folder.manifest.exists() else {}
-    known: dict[str, str] = before.get("fingerprints", {})
-    changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
-    if changed and restart:
-        shutil.rmtree(folder.path)
-    elif changed and folder.finished_folds():
-        detail = _difference(folder.config, config) if "config" in changed else ""
-        raise ValueError(
-            f"{folder.path} was made from another {' and another '.join(changed)}{detail}; name a new run with --run, "
-            "or start this one anew with --restart"
-        )
-    for fold in restart:
-        shutil.rmtree(folder.fold(fold).path, ignore_errors=True)
-    if before and not changed and known.keys() >= marks.keys():
-        return
-    write_text(folder.config, config_file.dump(config))
-    manifest = {
-        "created": now(),
-        "commit": commit(),
-        "versions": versions(),
-        "runtime": runtime.describe(),
-        "backbone": config.model.backbone,
-        "classes": table.classes,
-        "fingerprints": {**({} if changed else known), **marks},
-    }
-    write_json(folder.manifest, manifest)
-
-
-def _difference(path: Path, config: Config) -> str:
-    """Return ": key old -> new, ..." between the saved config and this one."""
-
-    def flat(value: Any, key: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
-        return {key: value}
-
-    old = flat(config_file.parse_yaml(path.read_text(encoding="utf-8")))
-    new = flat(config.model_dump(mode="json"))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not key.startswith("tracking.")]
-    shown = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys[:5])
-    return f": {shown}{', ...' if len(keys) > 5 else ''}" if keys else ""
 
 
 # --- one fold --------------------------------------------------------------------------------------------------------
@@ -203,7 +143,16 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     num_steps = steps_per_epoch * config.training.epochs
     schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     labels = Labels(table.targets, table.weights)
-    held = HeldOut(plan, model, held_out, folder.best)
+    held = HeldOut(
+        model,
+        plan.encoded,
+        held_out,
+        table=table,
+        tasks=config.tasks,
+        metric=config.metric,
+        runtime=runtime,
+        best_path=folder.best,
+    )
     tracker = open_tracker(
         config.tracking,
         competition=config.competition.name,
@@ -354,46 +303,6 @@ class _Losses:
             # A window whose rows all weigh 0 has nothing to teach: its sum is 0, and so is its share.
             total = total + task.weight * summed / (items[task.name] or 1.0)
         return total
-
-
-class HeldOut:
-    """The held-out rows of a fold: scored during training, their predictions kept for the best and the last weights."""
-
-    def __init__(self, plan: Plan, model: TextModel, rows: NDArray[np.int64], best: Path) -> None:
-        self.plan, self.model, self.rows, self.path = plan, model, rows, best
-        self.kinds = {task.name: task.kind for task in plan.config.tasks}
-        self.targets = {name: values[rows] for name, values in plan.table.targets.items()}
-        self.best: Predictions | None = None
-        self.last: Predictions | None = None
-
-    def evaluate(self) -> float:
-        """Predict the rows and return the metric of the first task; NaN when a prediction is not finite."""
-        plan = self.plan
-        self.last = predict(
-            self.model, plan.encoded, plan.table.ids, kinds=self.kinds, runtime=plan.runtime, rows=self.rows
-        )
-        first = plan.config.tasks[0].name
-        if not np.isfinite(self.last.values[first]).all():
-            return float("nan")
-        return evaluate(plan.config.metric, self.targets[first], self.last.values[first])
-
-    def keep_best(self) -> None:
-        """Keep the latest predictions, and the weights that made them, as the best."""
-        self.best = self.last
-        save_weights(self.path, self.model)
-
-    def write(self, path: Path, fold: int) -> None:
-        """Write the fold's out-of-fold rows."""
-        assert self.best is not None and self.last is not None
-        oof.write(
-            path,
-            fold=fold,
-            tasks=self.plan.config.tasks,
-            classes=self.plan.table.classes,
-            targets=self.targets,
-            best=self.best,
-            last=self.last,
-        )
 
 
 def _score(plan: Plan) -> oof.Scores | None:
