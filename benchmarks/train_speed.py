@@ -118,6 +118,7 @@ def our_loop(
         tracker=NullTracker(),
         progress=NullProgress(),
         epochs=1,
+        peak_lr=2e-5,
         clip_norm=1.0,
     )
     return fit(parts, TrainState()).num_tokens

@@ -79,6 +79,7 @@ def parts_of(
         "tracker": NullTracker(),
         "progress": NullProgress(),
         "epochs": 1,
+        "peak_lr": 1e-3,
     }
     parts = Parts(**{**defaults, **own})
     object.__setattr__(parts, "windows", lambda epoch, windows=parts.windows: windows(epoch=epoch))

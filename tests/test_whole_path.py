@@ -269,6 +269,17 @@ def test_nan_stops_training_and_the_fold_stays_unfinished(setup: Setup) -> None:
     assert RunFolder("runs/tiny").finished_folds() == []
 
 
+def test_each_fold_is_one_wandb_run_inside_the_run_folder(setup: Setup) -> None:
+    pytest.importorskip("wandb", reason="the extra `track` is not installed")
+    setup()
+    run(config_file.load("tiny.yaml", ["tracking.wandb=offline"]), folds="0")
+    assert len(list(Path("runs/tiny/fold0/wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert not Path("wandb").exists()
+    lines = [json.loads(line) for line in Path("runs/tiny/fold0/metrics.jsonl").read_text().splitlines()]
+    done = json.loads(Path("runs/tiny/fold0/done.json").read_text())
+    assert lines[-1]["summary"] == done
+
+
 @pytest.mark.parametrize("text", ["5", "0,0", "some", "-1", "0,9", ""])
 def test_folds_that_are_not_there(text: str, setup: Setup) -> None:
     config, _ = setup()

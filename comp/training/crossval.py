@@ -182,6 +182,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         tracker=tracker,
         progress=progress,
         epochs=config.training.epochs,
+        peak_lr=config.optimizer.lr,
         clip_norm=config.optimizer.clip_norm,
         patience=config.evaluation.patience,
     )

@@ -90,6 +90,8 @@ class Parts:
     tracker: Tracker
     progress: NullProgress
     epochs: int
+    peak_lr: float
+    """The config's learning rate, which logs show times the schedule; groups have their own."""
     clip_norm: float | None = None
     patience: int | None = None
 
@@ -124,10 +126,11 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
 
 
 def _set_rates(parts: Parts, step: int) -> float:
+    """Set every group's rate for the step to come; return the one that is shown."""
     multiplier = parts.schedule(step)
     for group in parts.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * multiplier
-    return float(parts.optimizer.param_groups[-1]["lr"])
+    return parts.peak_lr * multiplier
 
 
 def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.Tensor:
