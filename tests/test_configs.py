@@ -1,12 +1,15 @@
-"""Every YAML in configs/ loads, and opens with its command, cost and result."""
+"""Every YAML in configs/ opens with its command, cost and result, and trains, on a tiny model and tiny data."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import TinyCompetition
 
 from comp import config_file
+from comp.training import crossval
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -20,10 +23,25 @@ def test_opens_with_command_cost_and_result(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.stem != "base"], ids=lambda file: file.stem)
-def test_loads(file: Path) -> None:
+def test_trains(
+    file: Path,
+    isolated: Path,
+    tiny_competition: Callable[..., TinyCompetition],
+    tiny_model_folder: Callable[..., Path],
+) -> None:
+    """The file's own techniques and cadence; only data, backbone and size are replaced."""
     config = config_file.load(file)
-    assert config.competition.train
-    assert config.model.backbone
+    tiny = tiny_competition(config.tasks[0].kind)
+    replaced = [
+        f"competition.train={tiny.train}", f"competition.test={tiny.test}", "competition.text=text",
+        f"competition.sample_submission={tiny.sample_submission}", f"tasks.0.targets=[{', '.join(tiny.targets)}]",
+        f"model.backbone={tiny_model_folder('roberta')}", "model.max_length=32", "training.epochs=1",
+        "training.max_rows=24", "tracking.wandb=off",
+    ]  # fmt: skip
+    said: list[str] = []
+    scores = crossval.run(config_file.load(file, replaced), "built", "0", say=said.append)
+    assert scores is not None
+    assert scores.num_rows == min(24, 60 // config.folds.num_folds)
 
 
 def test_base_holds_no_competition_of_its_own() -> None:

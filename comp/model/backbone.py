@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from comp.doctor import hub_answers
 
 __all__ = ["Backbone", "load_backbone", "load_tokenizer", "rebuild_backbone", "resolve_source", "save_recipe"]
 
@@ -202,6 +206,19 @@ def _quiet_hub(source: str) -> Any:
             logging.enable_progress_bar()
 
 
+def _local_only(folder: str) -> bool:
+    """Tell whether to stay off the network: for a local folder, and where the hub does not answer.
+
+    Without it some versions ask the hub about local folders, and a machine without internet retries for a minute.
+    """
+    return Path(folder).is_dir() or not _hub_is_there()
+
+
+@cache
+def _hub_is_there() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") and hub_answers(seconds=5.0)
+
+
 def load_tokenizer(source: str) -> Any:
     """Load the fast tokenizer. It pads on the side its classification token does not stand on.
 
@@ -211,7 +228,7 @@ def load_tokenizer(source: str) -> Any:
 
     folder = resolve_source(source)
     with _quiet_hub(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder))
     if not tokenizer.is_fast:
         raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
     tokenizer.padding_side = "left" if _cls_is_last(tokenizer) else "right"
@@ -242,7 +259,7 @@ def load_backbone(source: str, tokenizer: Any, *, dropout: float | None, with_po
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            local_files_only=Path(folder).is_dir(),  # else some versions ask the hub about a local folder
+            local_files_only=_local_only(folder),
             **options,
         )
         return model, set(report["missing_keys"])
@@ -277,7 +294,7 @@ def rebuild_backbone(folder: Path | str, tokenizer: Any, *, dropout: float | Non
 def _read_config(folder: str, dropout: float | None) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=Path(folder).is_dir())
+    config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder))
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"model.backbone '{folder}': {config.model_type} is an encoder-decoder; this version of comp takes encoders"

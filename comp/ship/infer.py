@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from comp import config_file
 from comp.config import Config, Task
 from comp.data.batches import CACHE, encode
-from comp.data.frames import read_frame
 from comp.data.tables import Table, read_test, table_of
 from comp.model.backbone import load_tokenizer
 from comp.model.losses import num_outputs
@@ -25,7 +24,13 @@ from comp.model.text_model import TextModel, build_model
 from comp.progress import open_progress
 from comp.runs import RunFolder, newest_finished, read_json
 from comp.runtime import Runtime, open_runtime
-from comp.ship.submission import build_submission, build_without_sample, validate_submission, write_submission
+from comp.ship.submission import (
+    build_submission,
+    build_without_sample,
+    read_submission,
+    validate_submission,
+    write_submission,
+)
 from comp.training.checkpoint import load_weights
 from comp.training.predict import predict
 
@@ -176,7 +181,7 @@ def infer(
         raise ValueError(f"{first.folder.path} names no competition.test; give the table with --test FILE")
     # The sample must fit the table that is predicted: --test of another table goes without it.
     sample_file = competition.sample_submission if test is None or test == competition.test else None
-    sample = read_frame(sample_file, competition.id) if sample_file else None
+    sample = read_submission(Path(sample_file), competition.id) if sample_file else None
     total: NDArray[np.float64] | float = 0.0
     ids: NDArray[np.object_] | None = None
     for run in loaded:
