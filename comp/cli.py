@@ -163,7 +163,7 @@ def doctor() -> None:
 
 @app.command()
 def demo() -> None:
-    """Train, infer and score a small competition made from film reviews; about three minutes on two cores."""
+    """Train, infer and score a small competition made from film reviews; about four minutes on two cores."""
     from comp.ship.demo import run_demo
 
     run_demo()
