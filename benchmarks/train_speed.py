@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -62,22 +63,24 @@ class Bare(nn.Module):
         return self.head((hidden * weight).sum(1) / weight.sum(1))
 
 
-def bare_loop(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    encoded: Encoded,
-    labels: Labels,
-    runtime: Runtime,
-    windows: Windows,
-) -> int:
+@dataclass(frozen=True)
+class Work:
+    """What both loops train on."""
+
+    encoded: Encoded
+    labels: Labels
+    runtime: Runtime
+
+
+def bare_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, windows: Windows) -> int:
     """Take one optimizer step per window; return the tokens seen."""
     tokens = 0
     model.train()
     for step, (rows,) in enumerate(windows):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * (1 - step / len(windows))
-        batch = collate(encoded, rows, labels).to(runtime.device)
-        with runtime.autocast():
+        batch = collate(work.encoded, rows, work.labels).to(work.runtime.device)
+        with work.runtime.autocast():
             preds = model(batch.input_ids, batch.mask)
         loss = nn.functional.mse_loss(preds.float(), batch.targets["main"])
         loss.backward()
@@ -88,27 +91,20 @@ def bare_loop(
     return tokens
 
 
-def our_loop(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    encoded: Encoded,
-    labels: Labels,
-    runtime: Runtime,
-    windows: Windows,
-) -> int:
+def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, windows: Windows) -> int:
     """Hand the same windows to `fit`; return the tokens seen."""
     loss = Loss(mse, "regression", 1)
     parts = Parts(
         model=model,
         optimizer=optimizer,
         schedule=partial(linear, num_steps=len(windows)),
-        scaler=runtime.grad_scaler(),
-        autocast=runtime.autocast if runtime.precision != "fp32" else nullcontext,
-        device=runtime.device,
+        scaler=work.runtime.grad_scaler(),
+        autocast=work.runtime.autocast if work.runtime.precision != "fp32" else nullcontext,
+        device=work.runtime.device,
         windows=lambda epoch: windows,
-        collate=lambda rows: collate(encoded, rows, labels),
+        collate=lambda rows: collate(work.encoded, rows, work.labels),
         count=lambda rows: {
-            "main": float(item_count(torch.from_numpy(labels.targets["main"][rows]), None, "regression"))
+            "main": float(item_count(torch.from_numpy(work.labels.targets["main"][rows]), None, "regression"))
         },
         loss=lambda outputs, batch, items: loss(outputs["main"], batch.targets["main"])[0] / items["main"],
         evaluate=lambda: 0.0,
@@ -146,6 +142,7 @@ def main() -> None:
     rows = options.steps * 16
     encoded = encode(tokenizer, (passages(rows, 8),), max_length=256, cache=None)
     labels = Labels({"main": np.random.default_rng(0).normal(size=(rows, 1)).astype(np.float32)})
+    work = Work(encoded, labels, runtime)
     windows = training_windows(np.arange(rows), encoded.lengths, batch_size=16, seed=0, epoch=0)
 
     torch.manual_seed(0)
@@ -156,8 +153,8 @@ def main() -> None:
     bare_groups = [{"params": list(bare.parameters()), "lr": 2e-5, "peak_lr": 2e-5, "weight_decay": 0.01}]
     bare_optimizer = torch.optim.AdamW(bare_groups, eps=1e-6, fused=True)
 
-    our = partial(our_loop, ours, our_optimizer, encoded, labels, runtime)
-    other = partial(bare_loop, bare, bare_optimizer, encoded, labels, runtime)
+    our = partial(our_loop, ours, our_optimizer, work)
+    other = partial(bare_loop, bare, bare_optimizer, work)
     print(f"{runtime.describe()}; {rows} texts, {int(encoded.offsets[-1])} tokens, {len(windows)} steps a round")
     timed(our, windows), timed(other, windows)  # warm-up
     ratios = []

@@ -22,7 +22,7 @@ CATALOGUES: dict[str, str] = {
     "optimizers": "comp.optim:OPTIMIZERS",
     "layouts": "comp.optim.groups:LAYOUTS",
     "schedules": "comp.optim.schedules:SCHEDULES",
-    "splitters": "comp.data.folds:SPLITTERS",
+    "splitters": "comp.data.splitters:SPLITTERS",
 }
 
 RowT = TypeVar("RowT")

@@ -16,19 +16,15 @@ from hypothesis import strategies as st
 
 from comp.config import Competition, Folds, Task
 from comp.data.folds import (
-    SETTINGS,
-    SPLITTERS,
     audit,
-    bin_values,
     get_or_make_folds,
     make_folds,
-    merge_rare,
     read_folds,
-    time_blocks,
     train_rows,
     valid_rows,
     write_folds,
 )
+from comp.data.splitters import SETTINGS, SPLITTERS, bin_values, merge_rare, time_blocks
 from comp.data.tables import Table, read_train, table_of
 
 CLEAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "clear"

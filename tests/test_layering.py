@@ -36,6 +36,7 @@ LAYERS = {
     "data/__init__.py": 1,
     "data/frames.py": 1,
     "data/tables.py": 1,
+    "data/splitters.py": 1,
     "data/folds.py": 1,
     "data/batches.py": 1,
     "data/first_config.py": 1,
