@@ -255,11 +255,11 @@ def write_submission(path: Path, frame: pd.DataFrame, sidecar: Mapping[str, Any]
         raise ValueError(f"a submission is a CSV file, got '{path}'; name it {path.stem}.csv")
     raw = frame.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode()
     story = path.with_suffix(".json")
+    made = {"created": now(), "commit": commit()}  # asked before a file of the repository is touched
     story.unlink(missing_ok=True)
     write_atomic(path, lambda temporary: _write_bytes(temporary, raw))
     content = {
-        "created": now(),
-        "commit": commit(),
+        **made,
         **sidecar,
         "rows": len(frame),
         "columns": [str(name) for name in frame.columns],
