@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +328,16 @@ def test_score_probabilities_against_labels_and_one_hot(score: Any):
 def test_score_refuses(score: Any, guess: str, truth: str, metric: str, message: str):
     with pytest.raises(ValueError, match=message):
         score(guess, truth, metric)
+
+
+def test_rewriting_a_committed_submission_still_names_the_clean_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, frame = tmp_path / "s.csv", pd.DataFrame({"id": ["a"], "target": [0.5]})
+    write_submission(path, frame, {})
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *arguments], check=True)
+    write_submission(path, frame, {})
+    assert "+changes" not in json.loads(path.with_suffix(".json").read_text())["commit"]
