@@ -174,6 +174,9 @@ class Folds(Section):
             raise ValueError(f"splitter '{self.splitter}' needs `column`: {what}")
         if self.column and self.splitter not in ("time", "column"):
             raise ValueError(f"splitter '{self.splitter}' does not read `column`; leave it out")
+        binned = ("stratified", "stratified_group", "multilabel_stratified")
+        if self.bins != "auto" and self.splitter not in binned:
+            raise ValueError(f"splitter '{self.splitter}' does not read `bins`; only {', '.join(binned)} do")
         if isinstance(self.bins, int) and self.bins < 2:
             raise ValueError(f"bins must be at least 2, or auto; got {self.bins}")
         return self

@@ -27,7 +27,6 @@ __all__ = [
     "claim",
     "commit",
     "digest",
-    "digest_folder",
     "newest_finished",
     "now",
     "read_json",
@@ -49,15 +48,6 @@ def digest(parts: Iterable[str | bytes]) -> str:
         sha.update(len(raw).to_bytes(8, "little"))
         sha.update(raw)
     return sha.hexdigest()[:16]
-
-
-def digest_folder(folder: Path, patterns: Iterable[str]) -> str:
-    """Return the digest of names and contents of the files in `folder` that match one of `patterns`."""
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    parts: list[str | bytes] = []
-    for file in files:
-        parts += [file.name, file.read_bytes()]
-    return digest(parts)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

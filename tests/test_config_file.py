@@ -110,6 +110,7 @@ def test_every_fault_in_one_message_with_place_source_and_nearest_name(tmp_path:
         ("tasks.3.weight=2", "there is no '3' to set"),
         ("model.backbone=", "model.backbone"),
         ("folds.bins=1", "bins must be at least 2"),
+        ("folds={splitter: kfold, bins: 7}", "splitter 'kfold' does not read `bins`"),
     ],
 )
 def test_faults(tmp_path: Path, override: str, words: str) -> None:

@@ -17,7 +17,6 @@ from comp.runs import (
     RunFolder,
     commit,
     digest,
-    digest_folder,
     newest_finished,
     read_json,
     versions,
@@ -31,15 +30,6 @@ def test_digest_counts_borders_and_order() -> None:
     assert digest(["ab", "c"]) != digest(["a", "bc"]) != digest(["bc", "a"])
     assert digest(["a", b"b"]) == digest([b"a", "b"])
     assert len(digest([])) == 16
-
-
-def test_digest_folder_sees_names_and_contents(tmp_path: Path) -> None:
-    write_text(tmp_path / "a.json", "1")
-    first = digest_folder(tmp_path, ["*.json"])
-    write_text(tmp_path / "b.txt", "2")
-    assert digest_folder(tmp_path, ["*.json"]) == first
-    (tmp_path / "a.json").rename(tmp_path / "c.json")
-    assert digest_folder(tmp_path, ["*.json"]) != first
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

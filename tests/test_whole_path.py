@@ -432,7 +432,6 @@ def test_a_fault_of_a_library_keeps_its_traceback(
 ) -> None:
     setup()
     monkeypatch.setattr(crossval, "encode", lambda *_, **__: int("not a number"))
-    monkeypatch.setattr("comp.cli._is_ours", lambda fault: False)
     with pytest.raises(ValueError, match="invalid literal"):
         call("train", "--config", "tiny.yaml")
 
