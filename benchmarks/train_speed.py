@@ -146,7 +146,7 @@ def main() -> None:
     windows = training_windows(np.arange(rows), encoded.lengths, batch_size=16, seed=0, epoch=0)
 
     torch.manual_seed(0)
-    ours = build_model(BACKBONE, tokenizer, pretrained=True, pooler="mean", heads={"main": 1}, max_length=256)
+    ours = build_model(BACKBONE, tokenizer, pretrained=True, pooler={"name": "mean"}, heads={"main": 1}, max_length=256)
     groups = build_groups(ours.to(runtime.device), depth_of=ours.depth_of, num_layers=6, lr=2e-5, head_lr=1e-3)
     our_optimizer = build_optimizer("adamw", groups, betas=(0.9, 0.999), eps=1e-6)
     bare = Bare(resolve_source(BACKBONE)).to(runtime.device)

@@ -187,6 +187,9 @@ class Model(Section):
 
     backbone: str = Field(min_length=1)
     """Hub name, local folder, or package:NAME (a model inside an installed Python package)."""
+    part: Literal["encoder", "decoder"] = "encoder"
+    """Half of an encoder-decoder (BART) that is read: the encoder alone, whose first token classifies, or the decoder
+    run over the same text, as BART classifies: on the last </s>. Other models: encoder."""
     pooler: Pooler = MeanPooler()
     """How token vectors become one vector (see `comp list poolers`)."""
     max_length: int = Field(256, ge=4)

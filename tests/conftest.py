@@ -120,6 +120,21 @@ _MODELS: dict[str, TinyModel] = {
         inputs=_NO_TYPES,
         overrides=(("local_attention", 16), ("tie_word_embeddings", True)),
     ),
+    "bart": TinyModel(
+        "bart",
+        **_ROBERTA
+        | {
+            "overrides": (
+                *((key, None) for key in SIZES),
+                ("max_position_embeddings", MAX_TOKENS),
+                ("d_model", 32),
+                *((f"{half}_layers", 3) for half in ("encoder", "decoder")),
+                *((f"{half}_attention_heads", 4) for half in ("encoder", "decoder")),
+                *((f"{half}_ffn_dim", 64) for half in ("encoder", "decoder")),
+                ("decoder_start_token_id", 2),
+            )
+        },
+    ),
 }
 TINY_MODELS = tuple(_MODELS)
 """Kinds that `tiny_model_folder` writes."""

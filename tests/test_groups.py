@@ -21,7 +21,13 @@ LAYOUT_OPTIONS: dict[str, dict[str, float]] = {"unified": {}, "llrd": {"decay": 
 
 def made(folder: Path, **options: Any) -> TextModel:
     return build_model(
-        folder, load_tokenizer(str(folder)), pretrained=True, pooler="mean", heads={"main": 1}, max_length=32, **options
+        folder,
+        load_tokenizer(str(folder)),
+        pretrained=True,
+        pooler={"name": "mean"},
+        heads={"main": 1},
+        max_length=32,
+        **options,
     )
 
 

@@ -42,7 +42,13 @@ def model_of(config: Config, table: Table, **options: Any) -> tuple[TextModel, A
     heads = {task.name: num_outputs(task, len(table.classes.get(task.name, []))) for task in config.tasks}
     options = {"dropout": 0.0, **options}
     model = build_model(
-        config.model.backbone, tokenizer, pretrained=True, pooler="mean", heads=heads, max_length=48, **options
+        config.model.backbone,
+        tokenizer,
+        pretrained=True,
+        pooler={"name": "mean"},
+        heads=heads,
+        max_length=48,
+        **options,
     )
     return model, tokenizer
 

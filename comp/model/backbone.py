@@ -25,31 +25,46 @@ PACKAGE = "package:"
 # Norms that follow the last block learn at the top block's rate; every other parameter outside the blocks (embeddings,
 # their projection, relative position tables shared by all blocks) at the embeddings'.
 AFTER_BLOCKS = ("final_norm", "final_layer_norm", "ln_f")
+# Models whose decoder reads the text itself, shifted by one, when it is given nothing else.
+DECODERS = ("bart",)
+# What freezing the embeddings means in models without a module for all of them.
+EMBEDDINGS = ("shared", "embed_tokens", "embed_positions", "layernorm_embedding", "word_embedding")
 
 
 class Backbone(nn.Module):
     """A transformers encoder behind one signature.
 
-    Attributes: `model` (the PreTrainedModel), `num_layers` L, `hidden_size` H, `max_positions` (longest input, or None
-    when positions are relative), `cls_last` (True when the classification token closes the text, as in XLNet).
+    Attributes: `model` (the PreTrainedModel), `num_layers` (blocks between the text and the head), `num_states` L
+    (blocks whose states a pooler can read: the same, but for BART's decoder, which stands on an encoder),
+    `hidden_size` H, `vocab_size`, `max_positions` (longest input, or None when positions are relative), `cls_last`
+    (True when the classification token closes the text, as in XLNet and BART's decoder).
     """
 
-    def __init__(self, model: nn.Module, *, cls_last: bool) -> None:
+    def __init__(self, model: nn.Module, *, cls_last: bool, part: str = "encoder") -> None:
         super().__init__()
         self.model: Any = model
         config: Any = model.config
         self.config = config
-        self.num_layers = int(config.num_hidden_layers)
+        self._decodes = part == "decoder"
+        if self._decodes:
+            self.num_states = int(config.decoder_layers)
+            self.num_layers = int(config.encoder_layers) + self.num_states
+            self._block_prefixes = {"encoder.layers": 0, "decoder.layers": int(config.encoder_layers)}
+        else:
+            self.num_layers = self.num_states = int(config.num_hidden_layers)
+            self._block_prefixes = {_block_prefix(model, self.num_layers): 0}
         self.hidden_size = int(config.hidden_size)
-        self.cls_last = cls_last
+        whole: Any = model
+        self.vocab_size = int(whole.get_input_embeddings().num_embeddings)
+        self.cls_last = cls_last or self._decodes
         self.max_positions = _max_positions(model)
         self._takes_type_ids = "token_type_ids" in inspect.signature(model.forward).parameters
-        self._block_prefix = _block_prefix(model, self.num_layers)
+        self._extra: dict[str, Any] = {"use_cache": False} if self._decodes else {}
 
     @property
     def shares_blocks(self) -> bool:
         """True when all depths are one block (ALBERT): depth is then undefined."""
-        return "albert_layer_groups" in self._block_prefix
+        return any("albert_layer_groups" in prefix for prefix in self._block_prefixes)
 
     def forward(
         self,
@@ -61,34 +76,44 @@ class Backbone(nn.Module):
     ) -> list[torch.Tensor | None]:
         """Return L + 1 hidden states (B, T, H), index 0 = embeddings; those not in `layers` may be None.
 
-        Hidden states below the last are only computed when `layers` asks for one.
+        Hidden states below the last are only kept when `layers` asks for one. Where the model normalises before each
+        block (ModernBERT), the final norm is applied to all of them, so that they are of one scale.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if token_type_ids is not None and self._takes_type_ids:
             inputs["token_type_ids"] = token_type_ids
-        last = self.num_layers
-        all_layers = any(layer % (last + 1) != last for layer in layers)
-        outputs = self.model(**inputs, output_hidden_states=all_layers, return_dict=True)
-        if all_layers:
-            return list(outputs.hidden_states)
-        return [None] * last + [outputs.last_hidden_state]
+        last = self.num_states
+        wanted = {index % (last + 1) for index in layers}
+        outputs = self.model(**inputs, output_hidden_states=wanted != {last}, return_dict=True, **self._extra)
+        states: list[torch.Tensor | None] = [None] * last + [outputs.last_hidden_state]
+        if wanted != {last}:
+            found = outputs.decoder_hidden_states if self._decodes else outputs.hidden_states
+            for index in wanted - {last}:
+                states[index] = self._normed(found[index]) if index else found[index]
+        return states
+
+    def _normed(self, state: torch.Tensor) -> torch.Tensor:
+        norm = next((module for name, module in self.model.named_children() if name in AFTER_BLOCKS), None)
+        return state if norm is None else norm(state)
 
     def depth_of(self, name: str) -> int:
         """Return the depth of one of this module's parameters, by its name in `named_parameters()`."""
         name = name.removeprefix("model.")
-        if name.startswith(self._block_prefix + "."):
-            if self.shares_blocks:
-                return self.num_layers
-            return int(name[len(self._block_prefix) + 1 :].split(".")[0]) + 1
+        for prefix, below in self._block_prefixes.items():
+            if name.startswith(prefix + "."):
+                if self.shares_blocks:
+                    return self.num_layers
+                return below + int(name[len(prefix) + 1 :].split(".")[0]) + 1
         if name.split(".")[0] == "pooler":
             return self.num_layers + 1
         return self.num_layers if name.split(".")[0] in AFTER_BLOCKS else 0
 
-    def embeddings(self) -> nn.Module:
-        """Return the whole embeddings module: words, positions, types and their norm."""
+    def embeddings(self) -> list[nn.Module]:
+        """Return the modules that make the embeddings: words, positions, types and their norm."""
         found = getattr(self.model, "embeddings", None)
-        module: nn.Module = found if isinstance(found, nn.Module) else self.model.get_input_embeddings()
-        return module
+        if isinstance(found, nn.Module):
+            return [found]
+        return [module for name, module in self.model.named_modules() if name.split(".")[-1] in EMBEDDINGS]
 
     def freeze(self, *, embeddings: bool, num_layers: int) -> None:
         """Stop gradients for the embeddings module and for the lowest `num_layers` blocks."""
@@ -97,7 +122,8 @@ class Backbone(nn.Module):
         if num_layers > self.num_layers:
             raise ValueError(f"freeze_layers is {num_layers}, but the backbone has {self.num_layers} blocks")
         if embeddings:
-            self.embeddings().requires_grad_(False)
+            for module in self.embeddings():
+                module.requires_grad_(False)
         for name, parameter in self.named_parameters():
             if 1 <= self.depth_of(name) <= num_layers:
                 parameter.requires_grad_(False)
@@ -243,7 +269,9 @@ def _cls_is_last(tokenizer: Any) -> bool:
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def load_backbone(source: str, tokenizer: Any, *, dropout: float | None, with_pooler: bool) -> Backbone:
+def load_backbone(
+    source: str, tokenizer: Any, *, dropout: float | None, with_pooler: bool, part: str = "encoder"
+) -> Backbone:
     """Load pretrained weights as float32 (a half-precision checkpoint would otherwise train in half precision).
 
     `dropout` replaces every dropout of the model; None keeps the checkpoint's. `with_pooler` keeps the checkpoint's
@@ -265,7 +293,7 @@ def load_backbone(source: str, tokenizer: Any, *, dropout: float | None, with_po
         return model, set(report["missing_keys"])
 
     with _quiet_hub(source):
-        backbone, missing = _build(_read_config(folder, dropout), build, tokenizer, with_pooler)
+        backbone, missing = _build(_read_config(folder, dropout), build, tokenizer, with_pooler, part)
     pooler = sorted(name for name in missing if name.split(".")[0] == "pooler")
     if pooler:
         raise ValueError(
@@ -280,7 +308,9 @@ def load_backbone(source: str, tokenizer: Any, *, dropout: float | None, with_po
     return backbone
 
 
-def rebuild_backbone(folder: Path | str, tokenizer: Any, *, dropout: float | None, with_pooler: bool) -> Backbone:
+def rebuild_backbone(
+    folder: Path | str, tokenizer: Any, *, dropout: float | None, with_pooler: bool, part: str = "encoder"
+) -> Backbone:
     """Build the architecture of a run's `backbone/` folder without weights and without the hub."""
     from transformers import AutoModel
 
@@ -288,17 +318,13 @@ def rebuild_backbone(folder: Path | str, tokenizer: Any, *, dropout: float | Non
         return AutoModel.from_config(config, dtype=torch.float32, **options), set()
 
     with _quiet_hub(str(folder)):
-        return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler)[0]
+        return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
 
 
 def _read_config(folder: str, dropout: float | None) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder))
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model.backbone '{folder}': {config.model_type} is an encoder-decoder; this version of comp takes encoders"
-        )
     if dropout is not None:
         # Some models read the probability from the config at every call (F.dropout), so the modules are not enough.
         for key, value in config.to_dict().items():
@@ -308,19 +334,29 @@ def _read_config(folder: str, dropout: float | None) -> Any:
 
 
 def _build(
-    config: Any, build: Callable[..., tuple[nn.Module, set[str]]], tokenizer: Any, with_pooler: bool
+    config: Any, build: Callable[..., tuple[nn.Module, set[str]]], tokenizer: Any, with_pooler: bool, part: str
 ) -> tuple[Backbone, set[str]]:
     from transformers import MODEL_MAPPING
 
     if type(config) not in MODEL_MAPPING:
         raise ValueError(f"model type '{config.model_type}' has no encoder in transformers' AutoModel")
+    two_halves = bool(getattr(config, "is_encoder_decoder", False))
+    if part == "decoder" and config.model_type not in DECODERS:
+        what = "its decoder does not read the text by itself" if two_halves else "it has no decoder"
+        raise ValueError(
+            f"model.part is 'decoder', but this is {config.model_type}: {what}; set model.part to encoder (decoder is "
+            f"for {', '.join(DECODERS)})"
+        )
     kind = MODEL_MAPPING[type(config)]
     optional_pooler = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     if with_pooler and not optional_pooler:
         raise ValueError(_no_pooler(config.model_type))
     # A pooler that the head never reads would be trained by nothing and sit unused in every checkpoint.
     model, missing = build(config, **({"add_pooling_layer": with_pooler} if optional_pooler else {}))
-    return Backbone(model, cls_last=_cls_is_last(tokenizer)), missing
+    if two_halves and part == "encoder":
+        whole: Any = model
+        model = whole.get_encoder()
+    return Backbone(model, cls_last=_cls_is_last(tokenizer), part=part), missing
 
 
 def save_recipe(backbone: Backbone, tokenizer: Any, folder: Path) -> None:

@@ -1,132 +1,164 @@
-"""POOLERS: from hidden states to one vector per text. Padding never takes part.
+"""POOLERS: from hidden states to one vector per text; and the poolers that are made of others.
 
-Shapes: B batch, T tokens, H hidden size, L blocks. `hidden` is a sequence of L + 1 entries (B, T, H), index 0 the
-embeddings; only the entries in the pooler's `layers` need to exist. `mask` (B, T): nonzero = real token. `input_ids`
-(B, T). The result is (B, out_features), float32.
+The interface and shapes stand in token_pooling.py. A pooler that cannot work on a backbone raises ValueError when it
+is built.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from comp.catalog import Row, pick
 from comp.model.backbone import Backbone
+from comp.model.layer_pooling import (
+    AttentionLayers,
+    ConcatLayers,
+    HierarchicalSum,
+    ParallelSum,
+    RecurrentLayers,
+    ScalarMix,
+    WeightedLayers,
+)
+from comp.model.sbert_wk import SBERTWK
+from comp.model.token_pooling import (
+    CLSPooling,
+    Conv1dPooling,
+    GeMPooling,
+    Hidden,
+    MaxPooling,
+    MeanMaxCLSPooling,
+    MeanMaxPooling,
+    MeanPooling,
+    Pooler,
+    PoolerOutput,
+    TokenAttention,
+    WordWeights,
+    layer,
+    masked_mean,
+)
 
-__all__ = ["POOLERS", "Pooler", "build_pooler", "cls_index"]
+__all__ = ["POOLERS", "Pooler", "build_pooler", "needs_trained_pooler"]
 
-Hidden = Sequence[torch.Tensor | None]
-
-
-class Pooler(nn.Module):
-    """Base of all poolers."""
-
-    layers: tuple[int, ...] = (-1,)
-    """Hidden states the pooler reads, as indices into L + 1 entries."""
-    needs_trained_pooler = False
-    """True when it uses the checkpoint's own pooler."""
-    out_features: int
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.out_features = backbone.hidden_size
-
-    def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("a pooler defines forward")  # the base class is never built
-
-
-def _last(hidden: Hidden) -> torch.Tensor:
-    last = hidden[-1]
-    assert last is not None
-    return last.float()  # sums over tokens in half precision lose digits
-
-
-def cls_index(mask: torch.Tensor, *, cls_last: bool) -> torch.Tensor:
-    """Return (B,) the place of the classification token: the first real token, or the last (XLNet)."""
-    real = mask.ne(0).long()
-    if cls_last:
-        return mask.shape[1] - 1 - real.flip(1).argmax(1)
-    return real.argmax(1)
-
-
-def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over real tokens, special tokens included; a text without any gives 0."""
-    weight = mask.ne(0).to(tokens.dtype)
-    total = torch.einsum("bth,bt->bh", tokens.masked_fill(mask.eq(0)[..., None], 0), weight)
-    return total / weight.sum(1, keepdim=True).clamp(min=1)
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+}
 
 
-def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Maximum over real tokens, special tokens included; a text without any gives 0."""
-    empty = mask.eq(0).all(1, keepdim=True)
-    best = tokens.masked_fill(mask.eq(0)[..., None], torch.finfo(tokens.dtype).min).amax(1)
-    return best.masked_fill(empty, 0)
+class DensePooling(Pooler):
+    """activation(W x + b) on the vector of another pooler: sentence-transformers' Dense."""
 
-
-class MeanPooling(Pooler):
-    def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        return masked_mean(_last(hidden), mask)
-
-
-class MaxPooling(Pooler):
-    def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        return masked_max(_last(hidden), mask)
-
-
-class MeanMaxPooling(Pooler):
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        of: Mapping[str, Any],
+        out_features: int | None = None,
+        activation: str = "tanh",
+        num_fields: int = 1,
+    ) -> None:
         super().__init__(backbone)
-        self.out_features = 2 * backbone.hidden_size
+        self.of = build_pooler(of, backbone, num_fields=num_fields)
+        self.layers, self.needs_fields, self.num_branches = self.of.layers, self.of.needs_fields, self.of.num_branches
+        self.out_features = out_features or self.of.out_features
+        self.dense = nn.Linear(self.of.out_features, self.out_features)
+        self.activation = pick(ACTIVATIONS, activation, "activation")()
 
-    def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        last = _last(hidden)
-        return torch.cat([masked_mean(last, mask), masked_max(last, mask)], 1)
+    def fit(self, documents: Iterable[NDArray[np.integer]]) -> None:
+        self.of.fit(documents)
+
+    def forward(
+        self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor, **fields: torch.Tensor
+    ) -> torch.Tensor:
+        pooled: torch.Tensor = self.activation(self.dense(self.of(hidden, mask, input_ids, **fields)))
+        return pooled
 
 
-class CLSPooling(Pooler):
-    def __init__(self, backbone: Backbone) -> None:
+class TwoTower(Pooler):
+    """The mean of each text column's own tokens through a dense layer of its own, side by side.
+
+    sentence-transformers' Asym has one dense layer per kind of text; here the texts share one encoder pass, so each
+    has read the others. A column that is empty in a row counts as the zero vector.
+    """
+
+    needs_fields = True
+
+    def __init__(
+        self, backbone: Backbone, *, num_fields: int, out_features: int | None = None, activation: str = "tanh"
+    ) -> None:
         super().__init__(backbone)
-        self.cls_last = backbone.cls_last
+        if num_fields < 2:
+            raise ValueError(
+                "pooler 'two_tower' has one dense layer per text column and needs two columns, got one; name them in "
+                "competition.text, or use pooler 'dense'"
+            )
+        size = out_features or backbone.hidden_size
+        self.out_features = num_fields * size
+        self.towers = nn.ModuleList(nn.Linear(backbone.hidden_size, size) for _ in range(num_fields))
+        self.activation = pick(ACTIVATIONS, activation, "activation")()
 
-    def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        last = _last(hidden)
-        return last[torch.arange(len(last), device=last.device), cls_index(mask, cls_last=self.cls_last)]
-
-
-class PoolerOutput(Pooler):
-    """tanh(W h_cls + b) with the pretrained W and b of the checkpoint, moved out of the backbone."""
-
-    needs_trained_pooler = True
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone)
-        trained: Any = backbone.take_pooler()
-        # ALBERT's pooler is the bare linear layer; elsewhere it is a module around `dense`.
-        self.dense: nn.Module = trained if isinstance(trained, nn.Linear) else trained.dense
-        self.cls_last = backbone.cls_last
-
-    def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        last = _last(hidden)
-        first = last[torch.arange(len(last), device=last.device), cls_index(mask, cls_last=self.cls_last)]
-        return torch.tanh(self.dense(first))
+    def forward(
+        self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor, *, fields: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert fields is not None, "the model hands them to a pooler that needs them"
+        last = layer(hidden)
+        means = [masked_mean(last, mask * fields.eq(number)) for number in range(len(self.towers))]
+        return torch.cat([self.activation(tower(mean)) for tower, mean in zip(self.towers, means, strict=True)], 1)
 
 
 BERT = "Devlin et al. 2019, arXiv:1810.04805"
 SBERT = "Reimers & Gurevych 2019, arXiv:1908.10084"
+RHTSINGH = "rhtsingh, Kaggle CommonLit 2021"
+KARIMI = "Karimi et al. 2020, arXiv:2010.11731"
 
 POOLERS: dict[str, Row] = {
     "mean": Row(MeanPooling, "mean of the last layer over real tokens", SBERT),
     "max": Row(MaxPooling, "maximum of the last layer over real tokens", SBERT),
-    "mean_max": Row(MeanMaxPooling, "mean and max, concatenated", "rhtsingh, Kaggle CommonLit 2021"),
-    "cls": Row(CLSPooling, "last layer at the classification token", BERT),
+    "mean_max": Row(MeanMaxPooling, "mean and max, concatenated", RHTSINGH),
+    "mean_max_cls": Row(MeanMaxCLSPooling, "mean, max and classification token, concatenated", RHTSINGH),
+    "cls": Row(CLSPooling, "classification token of any layer, the last by default", BERT),
     "pooler_output": Row(PoolerOutput, "the checkpoint's own trained pooler on the classification token", BERT),
+    "conv1d": Row(Conv1dPooling, "two convolutions over the tokens, then the maximum", RHTSINGH),
+    "token_attention": Row(TokenAttention, "additive attention over tokens", "Yang et al. 2016, NAACL N16-1174"),
+    "gem": Row(GeMPooling, "generalised mean with a trained exponent", "Radenović et al. 2018, arXiv:1711.02512"),
+    "word_weights": Row(WordWeights, "mean weighted by IDF, fitted on the training fold", f"{SBERT} (code)"),
+    "concat_layers": Row(ConcatLayers, "classification token of the last n layers, concatenated", BERT),
+    "weighted_layers": Row(WeightedLayers, "trained weights over layers, normalised by their sum", f"{SBERT} (code)"),
+    "scalar_mix": Row(ScalarMix, "softmax weights over layers", "Peters et al. 2018, arXiv:1802.05365"),
+    "lstm_layers": Row(
+        partial(RecurrentLayers, cell=nn.LSTM), "LSTM up the layers of the classification token", RHTSINGH
+    ),
+    "gru_layers": Row(partial(RecurrentLayers, cell=nn.GRU), "GRU up the layers of the classification token", RHTSINGH),
+    "attention_layers": Row(AttentionLayers, "attention over the layers of the classification token", RHTSINGH),
+    "sbert_wk": Row(SBERTWK, "layers weighted by novelty, tokens by change", "Wang & Kuo 2020, arXiv:2002.06652"),
+    "psum": Row(ParallelSum, "a fresh block on each of the last n layers, in parallel", KARIMI),
+    "hsum": Row(HierarchicalSum, "fresh blocks from the top layer down, each fed by the one before", KARIMI),
+    "dense": Row(DensePooling, "a dense layer after any other pooler", f"{SBERT} (code)"),
+    "two_tower": Row(TwoTower, "one dense layer per text column", "sentence-transformers, Asym"),
 }
 
 
-def build_pooler(name: str, backbone: Backbone) -> Pooler:
-    """Build the pooler called `name` on `backbone`."""
-    pooler: Pooler = pick(POOLERS, name, "pooler").make(backbone)
+def needs_trained_pooler(options: Mapping[str, Any]) -> bool:
+    """Tell whether the pooler, or the one inside it, uses the checkpoint's own pooler."""
+    return options["name"] == "pooler_output" or ("of" in options and needs_trained_pooler(options["of"]))
+
+
+def build_pooler(options: Mapping[str, Any], backbone: Backbone, *, num_fields: int = 1) -> Pooler:
+    """Build a pooler: `options` are its `name` and own options, `num_fields` the number of text columns.
+
+    Raises ValueError, with the reason, when it does not fit the backbone.
+    """
+    own = {key: value for key, value in options.items() if key != "name"}
+    if options["name"] in ("dense", "two_tower"):
+        own["num_fields"] = num_fields
+    pooler: Pooler = pick(POOLERS, options["name"], "pooler").make(backbone, **own)
     return pooler

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from comp.catalog import pick
 from comp.data.batches import Batch
 from comp.model.backbone import Backbone, load_backbone, rebuild_backbone
-from comp.model.pooling import POOLERS, Pooler, build_pooler
+from comp.model.pooling import Pooler, build_pooler, needs_trained_pooler
 
 __all__ = ["TextModel", "build_model"]
 
@@ -20,7 +19,9 @@ __all__ = ["TextModel", "build_model"]
 class TextModel(nn.Module):
     """One vector per text, then a linear head per task.
 
-    `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others.
+    `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others. A
+    pooler with branches gives (n, B, K) while training, one output per branch, whose losses are summed, and the mean
+    of the branches, (B, K), otherwise.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class TextModel(nn.Module):
         # Pooler, heads and losses stay in float32 under autocast: they are cheap, and half precision costs digits.
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             vector = self.head_dropout(self.pooler(hidden, batch.mask, batch.input_ids))
-            return {name: head(vector) for name, head in self.heads.items()}
+            outputs = {name: head(vector) for name, head in self.heads.items()}
+            if self.pooler.num_branches > 1 and not self.training:
+                return {name: output.mean(0) for name, output in outputs.items()}
+            return outputs
 
     def depth_of(self, name: str) -> int:
         """Return the depth of a parameter: 0 = embeddings, 1..L = block, L + 1 = pooler and heads."""
@@ -56,9 +60,11 @@ def build_model(
     tokenizer: Any,
     *,
     pretrained: bool,
-    pooler: str,
+    pooler: Mapping[str, Any],
     heads: Mapping[str, int],
     max_length: int,
+    num_fields: int = 1,
+    part: str = "encoder",
     dropout: float | None = 0.0,
     head_dropout: float = 0.0,
     freeze_embeddings: bool = False,
@@ -67,19 +73,20 @@ def build_model(
 ) -> TextModel:
     """Build the model for training (`pretrained`: weights from `source`) or for inference (a run's backbone folder).
 
-    `heads`: task name -> number of outputs. Raises ValueError when pooler, length or freezing do not fit the backbone.
+    `pooler`: its name and options. `heads`: task name -> number of outputs. `num_fields`: text columns. `part`: half
+    of an encoder-decoder that is read. Raises ValueError when pooler, length or freezing do not fit the backbone.
     """
-    needs_pooler = pick(POOLERS, pooler, "pooler").make.needs_trained_pooler
+    options: dict[str, Any] = {"dropout": dropout, "with_pooler": needs_trained_pooler(pooler), "part": part}
     if pretrained:
-        backbone = load_backbone(str(source), tokenizer, dropout=dropout, with_pooler=needs_pooler)
+        backbone = load_backbone(str(source), tokenizer, **options)
     else:
-        backbone = rebuild_backbone(source, tokenizer, dropout=dropout, with_pooler=needs_pooler)
+        backbone = rebuild_backbone(source, tokenizer, **options)
     if backbone.max_positions is not None and max_length > backbone.max_positions:
         raise ValueError(
             f"model.max_length is {max_length}, but '{source}' has {backbone.max_positions} positions; set it to at "
             f"most {backbone.max_positions}"
         )
-    model = TextModel(backbone, build_pooler(pooler, backbone), heads, head_dropout=head_dropout)
+    model = TextModel(backbone, build_pooler(pooler, backbone, num_fields=num_fields), heads, head_dropout=head_dropout)
     backbone.freeze(embeddings=freeze_embeddings, num_layers=freeze_layers)
     if gradient_checkpointing:
         backbone.checkpoint_gradients()

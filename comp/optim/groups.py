@@ -99,12 +99,15 @@ def build_groups(
 
 
 def _no_decay(model: nn.Module) -> set[str]:
-    """Return the names of biases and of all parameters of norm modules, whatever class the architecture uses."""
+    """Return the names of biases, of all parameters of norm modules, whatever class the architecture uses, and of
+    what a module lists in its `no_decay` (mixing weights of layers)."""
     exempt = set()
     for path, module in model.named_modules():
         is_norm = "norm" in type(module).__name__.lower()
+        listed = getattr(module, "no_decay", ())
         for name, _ in module.named_parameters(recurse=False):
-            if is_norm or name.endswith("bias"):
+            # torch's recurrent layers call theirs bias_ih_l0; the others end in bias.
+            if is_norm or name.endswith("bias") or name.startswith("bias_") or name in listed:
                 exempt.add(f"{path}.{name}" if path else name)
     return exempt
 

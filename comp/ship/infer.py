@@ -111,9 +111,11 @@ class LoadedRun:
             self.folder.backbone,
             tokenizer,
             pretrained=False,
-            pooler=model.pooler.name,
+            pooler=model.pooler.model_dump(),
             heads=heads,
             max_length=model.max_length,
+            num_fields=len(self.config.competition.text_columns),
+            part=model.part,
             dropout=model.dropout,
             head_dropout=model.head_dropout,
         ).eval()

@@ -119,7 +119,9 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
 
     seed_everything(config.training.seed)
-    model = _model(plan).to(runtime.device)
+    model = _model(plan)
+    model.pooler.fit(plan.encoded.ids[slice(*plan.encoded.offsets[row : row + 2])] for row in training)
+    model.to(runtime.device)
     save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
     groups = build_groups(
@@ -242,9 +244,11 @@ def _model(plan: Plan) -> TextModel:
         model.backbone,
         plan.tokenizer,
         pretrained=True,
-        pooler=model.pooler.name,
+        pooler=model.pooler.model_dump(),
         heads=_heads(plan),
         max_length=model.max_length,
+        num_fields=len(plan.table.texts),
+        part=model.part,
         dropout=model.dropout,
         head_dropout=model.head_dropout,
         freeze_embeddings=model.freeze_embeddings,
@@ -300,7 +304,10 @@ class _Losses:
     def share(self, outputs: dict[str, torch.Tensor], batch: Batch, items: dict[str, float]) -> torch.Tensor:
         total = torch.zeros((), device=batch.input_ids.device)
         for task in self.tasks:
-            summed, _ = self.losses[task.name](outputs[task.name], batch.targets[task.name], batch.weights)
+            output = outputs[task.name]
+            # A pooler with branches has one output per branch, and their losses add up.
+            branches = output if output.ndim == 3 else output[None]
+            summed = sum(self.losses[task.name](one, batch.targets[task.name], batch.weights)[0] for one in branches)
             # A window whose rows all weigh 0 has nothing to teach: its sum is 0, and so is its share.
             total = total + task.weight * summed / (items[task.name] or 1.0)
         return total
