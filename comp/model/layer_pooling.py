@@ -180,6 +180,7 @@ class ParallelSum(Pooler):
     """
 
     name = "psum"
+    half_precision = True
 
     def __init__(self, backbone: Backbone, *, num_layers: int = 4, dropout: float = 0.0) -> None:
         super().__init__(backbone)
@@ -214,8 +215,9 @@ class ParallelSum(Pooler):
         for index, block in zip(self.layers, self.blocks, strict=True):
             state = layer(hidden, index).masked_fill(padding[..., None], 0)
             before = block(self.feed(before, state), src_key_padding_mask=padding)
-            branches.append(torch.tanh(self.dense(at_cls(before, mask, cls_last=self.cls_last))))
-        return torch.stack(branches)
+            branches.append(at_cls(before, mask, cls_last=self.cls_last).to(state.dtype))
+        with torch.autocast(mask.device.type, enabled=False):
+            return torch.tanh(self.dense(torch.stack(branches)))
 
     def feed(self, before: torch.Tensor | None, state: torch.Tensor) -> torch.Tensor:
         """Return what a block reads: its layer alone."""

@@ -69,6 +69,7 @@ class DensePooling(Pooler):
         super().__init__(backbone)
         self.of = build_pooler(of, backbone, num_fields=num_fields)
         self.layers, self.needs_fields, self.num_branches = self.of.layers, self.of.needs_fields, self.of.num_branches
+        self.half_precision = self.of.half_precision
         self.out_features = out_features or self.of.out_features
         self.dense = nn.Linear(self.of.out_features, self.out_features)
         self.activation = pick(ACTIVATIONS, activation, "activation")()
@@ -79,7 +80,9 @@ class DensePooling(Pooler):
     def forward(
         self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor, **fields: torch.Tensor
     ) -> torch.Tensor:
-        pooled: torch.Tensor = self.activation(self.dense(self.of(hidden, mask, input_ids, **fields)))
+        vector = self.of(hidden, mask, input_ids, **fields)
+        with torch.autocast(mask.device.type, enabled=False):
+            pooled: torch.Tensor = self.activation(self.dense(vector))
         return pooled
 
 

@@ -40,9 +40,12 @@ class TextModel(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         hidden = self.backbone(batch.input_ids, batch.mask, batch.token_type_ids, layers=self.pooler.layers)
+        device = batch.input_ids.device.type
         # Pooler, heads and losses stay in float32 under autocast: they are cheap, and half precision costs digits.
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
-            vector = self.head_dropout(self.pooler(hidden, batch.mask, batch.input_ids))
+        with torch.autocast(device, enabled=self.pooler.half_precision and torch.is_autocast_enabled(device)):
+            vector = self.pooler(hidden, batch.mask, batch.input_ids)
+        with torch.autocast(device, enabled=False):
+            vector = self.head_dropout(vector)
             outputs = {name: head(vector) for name, head in self.heads.items()}
             if self.pooler.num_branches > 1 and not self.training:
                 return {name: output.mean(0) for name, output in outputs.items()}

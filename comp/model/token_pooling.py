@@ -50,6 +50,8 @@ class Pooler(nn.Module):
     """True when `forward` also takes `fields` (B, T): the text column of each token, -1 for special tokens."""
     num_branches = 1
     """Vectors per text. Above 1 the result is (num_branches, B, out_features): logits are averaged, losses summed."""
+    half_precision = False
+    """True when it is as heavy as blocks of the backbone and runs under autocast like them; it returns float32."""
     no_decay: tuple[str, ...] = ()
     """Own parameters that weight decay would distort (mixing weights, exponents)."""
     out_features: int
