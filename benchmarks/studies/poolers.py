@@ -44,6 +44,7 @@ SETTINGS = [
     "tracking.wandb=off",
 ]
 BASELINE = "mean"
+AT_A_TIME = 24  # jobs of one set of processes: what their memory gathers is given back (max_tasks_per_child deadlocks)
 # Beyond the catalogue's defaults; two_tower is left out, since CLEAR has one text column.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cls, layer -2": {"name": "cls", "layer": -2},
@@ -54,12 +55,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 Row = dict[str, Any]
 
 
-def poolers() -> dict[str, dict[str, Any]]:
-    """Return label -> pooler section: the baseline, the rest of the catalogue, the variants."""
+def poolers(variants: bool) -> dict[str, dict[str, Any]]:
+    """Return label -> pooler section: the baseline, the rest of the catalogue, the variants if asked for."""
     from comp.model.pooling import POOLERS
 
     names = [BASELINE, *(name for name in POOLERS if name not in (BASELINE, "two_tower"))]
-    return {name: {"name": name} for name in names} | VARIANTS
+    return {name: {"name": name} for name in names} | (VARIANTS if variants else {})
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -129,34 +130,34 @@ def train(label: str, section: dict[str, Any], seed: int, fold: int) -> Row | st
     }
 
 
-def run(jobs: int, only: list[str]) -> None:
+def run(jobs: int, variants: bool) -> None:
     """Train what is missing, all poolers with the first seed before the second."""
     prepare()
-    chosen = {label: section for label, section in poolers().items() if not only or label in only}
-    unknown = set(only) - set(chosen)
-    if unknown:
-        sys.exit(f"--only {', '.join(sorted(unknown))}: allowed are {', '.join(poolers())}")
+    chosen = poolers(variants)
     known = {(row["pooler"], row["seed"], row["fold"]) for row in read_rows()}
     todo = [(label, seed, fold) for seed in SEEDS for label in chosen for fold in range(FOLDS)]
     todo = [job for job in todo if job not in known]
     print(f"{len(known)} rows are there, {len(todo)} to train, {jobs} at a time", flush=True)
     context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread, max_tasks_per_child=12) as pool:
-        futures = {pool.submit(train, label, chosen[label], seed, fold): label for label, seed, fold in todo}
-        for count, future in enumerate(as_completed(futures), 1):
-            row = future.result()
-            if isinstance(row, str):
-                print(f"{futures[future]}: refused: {row}", flush=True)
-                continue
-            RESULTS.mkdir(exist_ok=True)
-            with open(ROWS, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
-            score = (row["squared_best"] / row["rows"]) ** 0.5
-            print(
-                f"{count}/{len(todo)} {row['pooler']} seed {row['seed']} fold {row['fold']}: RMSE {score:.4f}, "
-                f"{row['seconds']:.0f} s",
-                flush=True,
-            )
+    for start in range(0, len(todo), AT_A_TIME):
+        part = todo[start : start + AT_A_TIME]
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
+            futures = [pool.submit(train, label, chosen[label], seed, fold) for label, seed, fold in part]
+            for future in as_completed(futures):
+                note(future.result())
+
+
+def note(row: Row | str) -> None:
+    """Append a row, or say why there is none."""
+    if isinstance(row, str):
+        print(f"refused: {row}", flush=True)
+        return
+    RESULTS.mkdir(exist_ok=True)
+    with open(ROWS, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row) + "\n")
+    score = (row["squared_best"] / row["rows"]) ** 0.5
+    where = f"{row['pooler']} seed {row['seed']} fold {row['fold']}"
+    print(f"{where}: RMSE {score:.4f}, {row['seconds']:.0f} s", flush=True)
 
 
 def one_thread() -> None:
@@ -230,9 +231,9 @@ def table(rows: list[Row]) -> str:
         "# Poolers on 600 rows of CLEAR",
         "",
         f"`{COMMAND}`: MiniLM, {FOLDS} folds x {len(SEEDS)} seeds, 2 epochs of 400 texts of at most 128 tokens, 5",
-        "evaluations an epoch, default options of each pooler. RMSE by the best checkpoint flatters (it is chosen on the",
-        "rows it is scored on), by the last does not. Gain: how much lower than `mean` on the same seed and fold, with",
-        "its standard error over them; a gain under about two errors is noise.",
+        "evaluations an epoch, default options of each pooler. RMSE by the best checkpoint flatters (it is chosen on",
+        "the rows it is scored on), by the last does not. Gain: how much lower than `mean` on the same seed and fold,",
+        "with its standard error over them; a gain under about two errors is noise. Cost: seconds relative to `mean`.",
         "",
         "| pooler | folds | RMSE best | RMSE last | spread | gain over mean | cost |",
         "|---|---|---|---|---|---|---|",
@@ -282,11 +283,11 @@ def picture(rows: list[Row], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="folds trained at a time, one thread each")
-    parser.add_argument("--only", action="append", default=[], help="a pooler of the study; repeatable")
+    parser.add_argument("--variants", action="store_true", help="also the non-default options in VARIANTS")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
     options = parser.parse_args()
     if not options.report:
-        run(options.jobs, options.only)
+        run(options.jobs, options.variants)
     rows = read_rows()
     if not any(row["pooler"] == BASELINE for row in rows):
         sys.exit(f"no rows of '{BASELINE}' in {ROWS}; run `{COMMAND}` first")
