@@ -93,7 +93,7 @@ def bare_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, wi
 
 def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, windows: Windows) -> int:
     """Hand the same windows to `fit`; return the tokens seen."""
-    loss = Loss(mse, "regression", 1)
+    loss = Loss(mse, "regression", 1, 1)
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -108,6 +108,7 @@ def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, win
         },
         loss=lambda outputs, batch, items: loss(outputs["main"], batch.targets["main"])[0] / items["main"],
         evaluate=lambda: 0.0,
+        others=dict,
         keep_best=lambda: None,
         is_better=partial(is_better, "rmse"),
         cadence=Never(),

@@ -86,6 +86,11 @@ LOSS_KINDS: dict[str, tuple[str, ...]] = {
     "mse": ("regression", "ordinal"),
     "smooth_l1": ("regression", "ordinal"),
     "mae": ("regression", "ordinal"),
+    "rmse": ("regression", "ordinal"),
+    "gaussian_nll": ("regression",),
+    "pearson": ("regression", "ordinal"),
+    "pairwise_rank": ("regression", "ordinal"),
+    "ordinal": ("ordinal",),
     "bce": ("binary", "multilabel"),
     "cross_entropy": ("multiclass",),
     "focal": ("binary", "multilabel", "multiclass"),
@@ -97,17 +102,28 @@ DEFAULT_LOSS: dict[str, str] = {
     "multilabel": "bce",
     "ordinal": "mse",
 }
+DEFAULT_METRIC: dict[str, str] = {
+    "regression": "rmse",
+    "binary": "log_loss",
+    "multiclass": "accuracy",
+    "multilabel": "log_loss",
+    "ordinal": "qwk",
+}
+WHOLE_BATCH_LOSSES = ("rmse", "pearson", "pairwise_rank")
+"""Losses of all rows of a batch together: not a sum over rows, so micro-batches would change them."""
 
 
 class Task(Section):
-    """One head of the model. The first task is the one scored and submitted."""
+    """One head of the model. The first task is the one submitted and the one that chooses the best checkpoint; the
+    targets of the others may have empty cells, which the loss leaves out."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_]+$")
     """Name of the head in logs and checkpoints."""
     kind: Kind
     """regression: any real columns. binary: one column of 0..1 (soft labels allowed). multiclass: one column of
-    labels. multilabel: several columns of 0..1. ordinal: one column of integer grades, predicted as a number and
-    rounded to the nearest grade where a metric or a submission wants grades."""
+    labels, or one column of probabilities per class (soft labels, each row sums to 1). multilabel: several columns of
+    0..1. ordinal: one column of integer grades, predicted as a number and rounded to the nearest grade where a metric
+    or a submission wants grades."""
     targets: list[str] = Field(min_length=1)
     """Target columns of the training table."""
     loss: Loss
@@ -115,6 +131,9 @@ class Task(Section):
     (multiclass)."""
     weight: float = Field(1.0, gt=0)
     """Weight of this head's loss in the sum."""
+    metric: str | None = None
+    """Metric of an auxiliary task; null = rmse (regression), log_loss (binary, multilabel), accuracy (multiclass) or
+    qwk (ordinal). The first task's is the config's `metric`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,7 +147,12 @@ class Task(Section):
         if len(set(self.targets)) != len(self.targets):
             raise ValueError(f"targets are named twice: {self.targets}")
         single, several = len(self.targets) == 1, len(self.targets) > 1
-        if self.kind in ("binary", "multiclass", "ordinal") and not single:
+        if self.loss.name == "gaussian_nll" and not single:
+            raise ValueError(f"loss 'gaussian_nll' has one standard error a row, so one target; got {self.targets}")
+        if self.metric is not None and (self.metric not in METRICS or self.kind not in METRICS[self.metric].kinds):
+            fitting = [name for name, row in METRICS.items() if self.kind in row.kinds]
+            raise ValueError(f"metric '{self.metric}' does not fit kind '{self.kind}'; allowed: {', '.join(fitting)}")
+        if self.kind in ("binary", "ordinal") and not single:
             raise ValueError(
                 f"kind '{self.kind}' has exactly one target column, got {len(self.targets)}; "
                 "several columns of 0 and 1 are kind 'multilabel', several numbers are kind 'regression'"
@@ -380,6 +404,21 @@ class Config(Section):
         return value
 
     @model_validator(mode="after")
+    def _tasks_fit_the_rest(self) -> Config:
+        if self.tasks[0].metric is not None:
+            raise ValueError(
+                f"the first task '{self.tasks[0].name}' has a metric of its own; set `metric` of the config instead"
+            )
+        whole = [task.name for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
+        if whole and (self.training.micro_batch_size or self.training.batch_size) < self.training.batch_size:
+            raise ValueError(
+                f"the loss of task '{whole[0]}' compares the rows of a whole batch, which micro-batches of "
+                f"{self.training.micro_batch_size} would change; set training.micro_batch_size to null, or a smaller "
+                "training.batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _metric_fits_task(self) -> Config:
         kind = self.tasks[0].kind
         if kind not in METRICS[self.metric].kinds:
@@ -388,6 +427,10 @@ class Config(Section):
                 f"metric '{self.metric}' does not fit the first task's kind '{kind}'; allowed: {', '.join(fitting)}"
             )
         return self
+
+    def metric_of(self, task: Task) -> str:
+        """Return the metric a task is reported by."""
+        return self.metric if task is self.tasks[0] else task.metric or DEFAULT_METRIC[task.kind]
 
     @property
     def fold_name(self) -> str:

@@ -53,23 +53,71 @@ class MAELoss(Section):
     name: Literal["mae"] = "mae"
 
 
-class BCELoss(Section):
+class RMSELoss(Section):
+    name: Literal["rmse"] = "rmse"
+
+
+class GaussianNLLLoss(Section):
+    name: Literal["gaussian_nll"] = "gaussian_nll"
+    standard_error: str
+    """Column of the training table with the standard error of the target, row by row."""
+    floor: float = Field(0.1, gt=0)
+    """Smallest standard error; a row with less counts as having this (CLEAR has one row with 0)."""
+
+
+class PearsonLoss(Section):
+    name: Literal["pearson"] = "pearson"
+
+
+class PairwiseRankLoss(Section):
+    name: Literal["pairwise_rank"] = "pairwise_rank"
+    sigma: float = Field(1.0, gt=0)
+    """Steepness: the loss of a pair is softplus(-sigma x difference of the predictions)."""
+
+
+class OrdinalLoss(Section):
+    name: Literal["ordinal"] = "ordinal"
+    decode: Literal["expected", "rank"] = "expected"
+    """expected = lowest grade + sum of the probabilities of being above each grade; rank = lowest grade + how many of
+    them exceed 0.5, as in the paper."""
+
+
+class ClassWeighted(Section):
+    class_weights: Literal["balanced"] | None = None
+    """balanced = rows / (classes x rows of the class), counted on the training rows of the fold; null = off. With
+    several columns each is balanced by itself."""
+
+
+class BCELoss(ClassWeighted):
     name: Literal["bce"] = "bce"
 
 
-class CrossEntropyLoss(Section):
+class CrossEntropyLoss(ClassWeighted):
     name: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target spread evenly over all classes; 0 = off."""
 
 
-class FocalLoss(Section):
+class FocalLoss(ClassWeighted):
     name: Literal["focal"] = "focal"
     gamma: float = Field(2.0, ge=0)
     """Focusing exponent of (1 - p)^gamma; 0 = plain cross-entropy."""
 
 
-Loss = Annotated[MSELoss | SmoothL1Loss | MAELoss | BCELoss | CrossEntropyLoss | FocalLoss, Field(discriminator="name")]
+Loss = Annotated[
+    MSELoss
+    | SmoothL1Loss
+    | MAELoss
+    | RMSELoss
+    | GaussianNLLLoss
+    | PearsonLoss
+    | PairwiseRankLoss
+    | OrdinalLoss
+    | BCELoss
+    | CrossEntropyLoss
+    | FocalLoss,
+    Field(discriminator="name"),
+]
 
 # --- poolers ----------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from comp.catalog import Row, pick
 
-__all__ = ["METRICS", "Metric", "evaluate", "is_better"]
+__all__ = ["METRICS", "Metric", "evaluate", "evaluate_known", "is_better"]
 
 Floats: TypeAlias = NDArray[np.float64]
 CLIP = 1e-15  # Kaggle's and scikit-learn's classic epsilon of log loss for float64
@@ -221,8 +221,18 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floating]) -> float:
+def soft_log_loss(targets: Floats, preds: Floats) -> float:
+    """Return the mean cross-entropy of rows of probabilities (N, C) against rows of probabilities (N, C)."""
+    _check_probabilities(preds, "log_loss")
+    likely = preds / np.maximum(preds.sum(axis=1, keepdims=True), CLIP)
+    return float(-np.mean((targets * np.log(np.clip(likely, CLIP, 1 - CLIP))).sum(axis=1)))
+
+
+def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floating], kind: str | None = None) -> float:
     """Return metric `name` of `preds` (N, K or C) against `targets` (N, K), computed in float64.
+
+    `kind` matters for multiclass alone, whose targets may be probabilities (N, C): log_loss is then their
+    cross-entropy, every other metric takes the likeliest class as the truth.
 
     Raises ValueError on an unknown name, on shapes that do not fit, on no rows, and on NaN or infinite
     values.
@@ -241,6 +251,10 @@ def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floatin
         if bad:
             raise ValueError(f"{name}: {bad} of {values.size} {what} are NaN or infinite")
     num_classes = preds.shape[1]
+    if kind == "multiclass" and targets.shape[1] == num_classes > 1:
+        if name == "log_loss":
+            return soft_log_loss(np.asarray(targets, np.float64), np.asarray(preds, np.float64))
+        targets = targets.argmax(axis=1)[:, None].astype(np.float64)
     if targets.shape[1] != num_classes:
         if targets.shape[1] != 1 or "multiclass" not in row.kinds:
             raise ValueError(
@@ -252,6 +266,17 @@ def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floatin
                 f"predictions, got {targets.min():g} to {targets.max():g}"
             )
     return row.make(targets, preds)
+
+
+def evaluate_known(
+    name: str, targets: NDArray[np.floating], preds: NDArray[np.floating], kind: str | None = None
+) -> float | None:
+    """Return `evaluate` over the rows without a missing target (NaN); None where it is not defined on them."""
+    known = np.isfinite(targets).all(axis=1)
+    try:
+        return evaluate(name, targets[known], preds[known], kind)
+    except ValueError:
+        return None
 
 
 def is_better(name: str, a: float, b: float | None) -> bool:

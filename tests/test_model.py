@@ -37,7 +37,7 @@ def made(folder: Path, pooler: str = "mean", **options: Any) -> tuple[TextModel,
 def predicted(model: TextModel, tokenizer: Any, texts: list[str]) -> np.ndarray:
     encoded = encode(tokenizer, (texts,), max_length=32, cache=None)
     ids = np.array([str(place) for place in range(len(texts))], object)
-    return predict(model, encoded, ids, kinds={"main": "regression"}, runtime=FP32).values["main"]
+    return predict(model, encoded, ids, decoders={"main": torch.Tensor.float}, runtime=FP32).values["main"]
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)

@@ -69,7 +69,7 @@ def encoded_pair(tokenizer: Any, rows: list[int]) -> Any:
 def predicted(model: TextModel, tokenizer: Any, rows: list[int]) -> Array:
     ids = np.array([str(row) for row in rows], object)
     encoded = encoded_pair(tokenizer, rows)
-    return predict(model, encoded, ids, kinds={"main": "regression"}, runtime=FP32).values["main"]
+    return predict(model, encoded, ids, decoders={"main": torch.Tensor.float}, runtime=FP32).values["main"]
 
 
 # --- on every architecture -------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from comp.model.text_model import TextModel, build_model
 from comp.progress import NullProgress
 from comp.tracking import JsonlTracker, NullTracker
 from comp.training.cadence import Cadence, Never
-from comp.training.crossval import _Losses
+from comp.training.objective import Objective
 from comp.training.trainer import NonFiniteError, Parts, TrainState, fit
 
 CPU = torch.device("cpu")
@@ -65,7 +64,7 @@ def parts_of(
 ) -> Parts:
     """Parts with plain SGD at rate 1, so that one step moves the weights by exactly the gradient."""
     encoded = encode(tokenizer, table.texts, max_length=48, cache=None)
-    losses = _Losses(SimpleNamespace(config=config, table=table))  # type: ignore[arg-type]
+    losses = Objective(config.tasks, table, rows)
     labels = Labels(table.targets, table.weights)
     defaults: dict[str, Any] = {
         "model": model,
@@ -79,6 +78,7 @@ def parts_of(
         "count": losses.count,
         "loss": losses.share,
         "evaluate": lambda: 0.0,
+        "others": dict,
         "keep_best": lambda: None,
         "is_better": partial(is_better, config.metric),
         "cadence": Never(),

@@ -55,6 +55,8 @@ class Labels:
     """Task name -> (N, K)."""
     weights: NDArray[np.float32] | None = None
     """(N,) or None."""
+    errors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Task name -> (N,) standard errors of its target, for the loss that reads them."""
 
 
 @dataclass
@@ -70,6 +72,7 @@ class Batch:
     token_type_ids: torch.Tensor | None = None
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: torch.Tensor | None = None
+    errors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device` (itself when it is there already)."""
@@ -86,6 +89,7 @@ class Batch:
             token_type_ids=move(self.token_type_ids),
             targets={name: target.to(device, non_blocking=True) for name, target in self.targets.items()},
             weights=move(self.weights),
+            errors={name: error.to(device, non_blocking=True) for name, error in self.errors.items()},
         )
 
 
@@ -226,6 +230,7 @@ def collate(encoded: Encoded, rows: NDArray[np.int64], labels: Labels | None = N
     if labels is not None:
         batch.targets = {name: torch.from_numpy(target[rows]) for name, target in labels.targets.items()}
         batch.weights = None if labels.weights is None else torch.from_numpy(labels.weights[rows])
+        batch.errors = {name: torch.from_numpy(error[rows]) for name, error in labels.errors.items()}
     return batch
 
 

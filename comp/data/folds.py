@@ -191,7 +191,7 @@ def audit(fold: FoldOfRow, table: Table, task: Task, *, group: str | None = None
 
     A line that starts with "warning:" names a class or label whose rows are all in one fold.
     """
-    targets = table.targets[task.name]
+    targets = table.hard_targets(task)
     shares = _shares(targets, table, task)
     codes = None if group is None else np.asarray(cell_strings(column_cells(table, group, "folds.group")), dtype=object)
     lines = []
@@ -221,7 +221,7 @@ def audit(fold: FoldOfRow, table: Table, task: Task, *, group: str | None = None
 
 def _shares(targets: NDArray[np.float32], table: Table, task: Task) -> dict[str, NDArray[np.bool_]]:
     """Return "target=label" -> rows (N,) that have it; {} for numbers and soft labels."""
-    name = task.targets[0]
+    name = task.targets[0] if len(task.targets) == 1 else task.name
     if task.kind in ("multiclass", "ordinal"):
         labels = table.classes[task.name]
         values = [float(label) for label in labels] if task.kind == "ordinal" else range(len(labels))

@@ -77,7 +77,7 @@ def merge_rare(labels: NDArray[Any], *, least: int, ordered: bool) -> NDArray[np
 
 def _strata(table: Table, task: Task, folds: Folds) -> NDArray[np.int64]:
     """Return the stratum (N,) of each row; several target columns count as the mean of their z-scores."""
-    targets = table.targets[task.name].astype(np.float64)
+    targets = table.hard_targets(task).astype(np.float64)
     values = targets[:, 0]
     if targets.shape[1] > 1:
         spread = targets.std(axis=0)
@@ -90,7 +90,7 @@ def _strata(table: Table, task: Task, folds: Folds) -> NDArray[np.int64]:
 def _indicators(table: Table, task: Task, folds: Folds) -> NDArray[np.int64]:
     """Return 0/1 columns (N, M): labels as they are, classes and the bins of continuous columns as one-hot."""
     columns = []
-    for values in table.targets[task.name].T:
+    for values in table.hard_targets(task).T:
         if task.kind not in ("multiclass", "ordinal") and set(np.unique(values)) <= {0.0, 1.0}:
             columns.append((values == 1)[:, None])
             continue

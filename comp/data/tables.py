@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Table", "encode_targets", "leak_warnings", "read_competition", "read_test", "read_train", "table_of"]
 
+SOFT_SUM = 1e-3  # how far a row of soft labels may sum from 1
 MOST_GRADES = 1000  # an ordinal target with a wider range is a mistake (a year, an id), not a scale
 Encoded: TypeAlias = tuple[Values, list[str], list[str]]  # targets (N, K), labels or [], faults
 
@@ -48,21 +49,31 @@ class Table:
     """One list of N per text column."""
     targets: dict[str, NDArray[np.float32]]
     """Task name -> (N, K), in the config's order; a multiclass label is the index of its class, an ordinal
-    grade is itself. {} for a test table."""
+    grade is itself. NaN = missing, in tasks after the first only. {} for a test table."""
     classes: dict[str, list[str]]
-    """Task name -> the sorted labels of a multiclass task, or every grade of an ordinal one, lowest first.
-    Other kinds have no entry."""
+    """Task name -> the sorted labels of a multiclass task (the columns of soft labels), or every grade of an ordinal
+    one, lowest first. Other kinds have no entry."""
     weights: NDArray[np.float32] | None
     """(N,), finite, >= 0, not all 0; None = every row counts the same."""
     frame: pd.DataFrame
     """The columns as read, index 0..N-1: groups, times and fold columns are looked up here."""
+    errors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Task name -> (N,) standard errors of its target, finite, >= 0; only tasks whose loss reads them."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def hard_targets(self, task: Task) -> NDArray[np.float32]:
+        """Return the task's targets (N, K), soft multiclass labels as the index (N, 1) of the likeliest class."""
+        targets = self.targets[task.name]
+        if task.kind == "multiclass" and targets.shape[1] > 1:
+            return targets.argmax(axis=1)[:, None].astype(np.float32)
+        return targets
+
     def fingerprint(self) -> str:
         """Return a digest of ids, texts and targets, in row order."""
         named = [part for name, values in self.targets.items() for part in (name, _bytes(values))]
+        named += [part for name, values in self.errors.items() for part in (f"error of {name}", _bytes(values))]
         return digest([*self.ids, *named, *(text for texts in self.texts for text in texts)])
 
     def label_fingerprint(self) -> str:
@@ -93,12 +104,17 @@ def encode_targets(
     return values, labels
 
 
-def _encode(frame: pd.DataFrame, task: Task, classes: Sequence[str] | None, ids: Ids | None) -> Encoded:
-    if task.kind == "multiclass":
+def _encode(
+    frame: pd.DataFrame, task: Task, classes: Sequence[str] | None, ids: Ids | None, *, gaps: bool = False
+) -> Encoded:
+    """Encode the targets of one task; with `gaps` an empty cell is NaN instead of a fault."""
+    if gaps:
+        return _encode_with_gaps(frame, task, classes, ids)
+    if task.kind == "multiclass" and len(task.targets) == 1:
         return _encode_labels(frame, task.targets[0], classes, ids)
     if task.kind == "ordinal":
         return _encode_grades(frame, task.targets[0], classes, ids)
-    shares = task.kind in ("binary", "multilabel")
+    shares = task.kind in ("binary", "multilabel", "multiclass")
     advice = f"{'map it to 0 and 1' if shares else 'make it numeric'}, or use kind multiclass for labels"
     columns, faults = [], []
     for name in task.targets:
@@ -109,7 +125,34 @@ def _encode(frame: pd.DataFrame, task: Task, classes: Sequence[str] | None, ids:
             outside = (values < 0) | (values > 1)
             allowed = f"kind {task.kind} allows 0, 1 and soft labels between: map it, or use another kind"
             faults += row_fault(f"column '{name}' is outside 0..1", outside, ids, allowed, values[outside])
-    return np.stack(columns, axis=1), [], faults
+    targets = np.stack(columns, axis=1)
+    if task.kind != "multiclass":
+        return targets, [], faults
+    total = targets.sum(axis=1)
+    off = np.abs(total - 1) > SOFT_SUM
+    what = f"columns {listed(task.targets, 5)} do not sum to 1"
+    faults += row_fault(what, off, ids, "divide each row of soft labels by its sum", total[off])
+    return targets, list(task.targets), faults
+
+
+def _encode_with_gaps(frame: pd.DataFrame, task: Task, classes: Sequence[str] | None, ids: Ids | None) -> Encoded:
+    """Encode the rows that have every target (one column) or the cells that are there (several); NaN elsewhere."""
+    empty = np.stack([blank(cell_strings(frame[name])) for name in task.targets], axis=1)
+    if empty.all():
+        what = f"column {listed(task.targets, 5)} of task '{task.name}' is empty in every row"
+        return np.full(empty.shape, np.nan, np.float32), [], [f"{what}; fill it in or drop the task"]
+    one_item = len(task.targets) == 1 or task.kind == "multiclass"
+    kept = np.flatnonzero(~empty.any(axis=1)) if one_item else np.arange(len(frame))
+    part = frame.take(kept).reset_index(drop=True)
+    if not one_item:
+        # A cell that is missing for now: 0 is allowed in every kind with several columns.
+        part = part.assign(**{name: part[name].mask(empty[:, k], 0) for k, name in enumerate(task.targets)})
+    values, labels, faults = _encode(part, task, classes, None if ids is None else ids[kept])
+    targets = np.full((len(frame), values.shape[1]), np.nan, np.float32)
+    targets[kept] = values
+    if not one_item:
+        targets[empty] = np.nan
+    return targets, labels, faults
 
 
 def _encode_labels(frame: pd.DataFrame, name: str, classes: Sequence[str] | None, ids: Ids | None) -> Encoded:
@@ -221,17 +264,22 @@ def table_of(
     faults += wrong
     targets: dict[str, Values] = {}
     labels: dict[str, list[str]] = {}
+    errors: dict[str, Values] = {}
     for task in tasks:
-        targets[task.name], found, wrong = _encode(frame, task, (classes or {}).get(task.name), names)
+        known = (classes or {}).get(task.name)
+        targets[task.name], found, wrong = _encode(frame, task, known, names, gaps=task is not tasks[0])
         faults += wrong
         if found:
             labels[task.name] = found
+        if task.loss.name == "gaussian_nll":
+            errors[task.name], wrong = _errors(frame, task.loss.standard_error, names)
+            faults += wrong
     weights = None
     if tasks and competition.weight is not None:
         weights, wrong = _weights(frame, competition.weight, names)
         faults += wrong
     raise_faults(source, faults)
-    return Table(ids, texts, targets, labels, weights, frame)
+    return Table(ids, texts, targets, labels, weights, frame, errors)
 
 
 def _column_faults(frame: pd.DataFrame, competition: Competition, tasks: Sequence[Task]) -> list[str]:
@@ -240,6 +288,9 @@ def _column_faults(frame: pd.DataFrame, competition: Competition, tasks: Sequenc
         return named_twice(names)
     roles = [(name, "competition.text") for name in competition.text_columns]
     roles += [(name, f"target of task '{task.name}'") for task in tasks for name in task.targets]
+    for task in tasks:
+        if task.loss.name == "gaussian_nll":
+            roles.append((task.loss.standard_error, f"standard error of task '{task.name}'"))
     if tasks and competition.weight is not None:
         roles.append((competition.weight, "competition.weight"))
     asked = [(competition.id, "competition.id"), *roles]
@@ -294,6 +345,14 @@ def _weights(frame: pd.DataFrame, name: str, ids: Ids | None) -> tuple[Values, l
     if not faults and not weights.any():
         faults.append(f"column '{name}' is 0 in every row; some weights must be above 0")
     return weights, faults
+
+
+def _errors(frame: pd.DataFrame, name: str, ids: Ids | None) -> tuple[Values, list[str]]:
+    errors, faults = finite_numbers(frame, name, ids, "standard errors are numbers >= 0")
+    negative = errors < 0
+    return errors, faults + row_fault(
+        f"column '{name}' is negative", negative, ids, "standard errors are >= 0", errors[negative]
+    )
 
 
 # --- leaks -------------------------------------------------------------------------------------------------

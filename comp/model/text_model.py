@@ -11,13 +11,14 @@ from torch import nn
 
 from comp.data.batches import Batch
 from comp.model.backbone import Backbone, load_backbone, rebuild_backbone
+from comp.model.heads import Head, build_head
 from comp.model.pooling import Pooler, build_pooler, needs_trained_pooler
 
 __all__ = ["TextModel", "build_model"]
 
 
 class TextModel(nn.Module):
-    """One vector per text, then a linear head per task.
+    """One vector per text, then a head per task.
 
     `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others. A
     pooler with branches gives (n, B, K) while training, one output per branch, whose losses are summed, and the mean
@@ -25,18 +26,14 @@ class TextModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, pooler: Pooler, heads: Mapping[str, int], *, head_dropout: float = 0.0
+        self, backbone: Backbone, pooler: Pooler, heads: Mapping[str, int | Head], *, head_dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooler = pooler
         self.head_dropout = nn.Dropout(head_dropout)
-        self.heads = nn.ModuleDict({name: nn.Linear(pooler.out_features, size) for name, size in heads.items()})
         std = float(getattr(backbone.config, "initializer_range", 0.02))
-        for head in self.heads.values():
-            assert isinstance(head, nn.Linear)
-            nn.init.normal_(head.weight, std=std)
-            nn.init.zeros_(head.bias)
+        self.heads = nn.ModuleDict({name: build_head(head, pooler.out_features, std) for name, head in heads.items()})
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         hidden = self.backbone(batch.input_ids, batch.mask, batch.token_type_ids, layers=self.pooler.layers)
@@ -64,7 +61,7 @@ def build_model(
     *,
     pretrained: bool,
     pooler: Mapping[str, Any],
-    heads: Mapping[str, int],
+    heads: Mapping[str, int | Head],
     max_length: int,
     num_fields: int = 1,
     part: str = "encoder",
@@ -76,8 +73,9 @@ def build_model(
 ) -> TextModel:
     """Build the model for training (`pretrained`: weights from `source`) or for inference (a run's backbone folder).
 
-    `pooler`: its name and options. `heads`: task name -> number of outputs. `num_fields`: text columns. `part`: half
-    of an encoder-decoder that is read. Raises ValueError when pooler, length or freezing do not fit the backbone.
+    `pooler`: its name and options. `heads`: task name -> its head; a number = a linear one with that many outputs.
+    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. Raises ValueError when pooler, length
+    or freezing do not fit the backbone.
     """
     options: dict[str, Any] = {"dropout": dropout, "with_pooler": needs_trained_pooler(pooler), "part": part}
     if pretrained:

@@ -19,7 +19,8 @@ from comp.config import Config, Task
 from comp.data.batches import CACHE, encode
 from comp.data.tables import Table, read_test, table_of
 from comp.model.backbone import load_tokenizer
-from comp.model.losses import num_outputs
+from comp.model.heads import plan_heads
+from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel, build_model
 from comp.progress import open_progress
 from comp.runs import RunFolder, newest_finished, read_json
@@ -86,13 +87,15 @@ class LoadedRun:
             tokenizer, table.texts, max_length=model_config.max_length, truncation=model_config.truncation, cache=cache
         )
         model = self._model(tokenizer).to(self.runtime.device)
+        decoders = {self.task.name: build_decoder(self.task, self.classes.get(self.task.name, []))}
         progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")
         total: NDArray[np.float64] | float = 0.0
         try:
             for fold in self.folds:
                 load_weights(self._weights_of(fold), model)
-                kinds = {self.task.name: self.task.kind}
-                found = predict(model, encoded, table.ids, kinds=kinds, runtime=self.runtime, on_batch=progress.advance)
+                found = predict(
+                    model, encoded, table.ids, decoders=decoders, runtime=self.runtime, on_batch=progress.advance
+                )
                 total = total + found.values[self.task.name]
         finally:
             progress.close()
@@ -106,13 +109,12 @@ class LoadedRun:
 
     def _model(self, tokenizer: Any) -> TextModel:
         model = self.config.model
-        heads = {task.name: num_outputs(task, len(self.classes.get(task.name, []))) for task in self.config.tasks}
         return build_model(
             self.folder.backbone,
             tokenizer,
             pretrained=False,
             pooler=model.pooler.model_dump(),
-            heads=heads,
+            heads=plan_heads(self.config.tasks, self.classes),
             max_length=model.max_length,
             num_fields=len(self.config.competition.text_columns),
             part=model.part,

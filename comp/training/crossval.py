@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from comp.config import Config, parse_every
-from comp.data.batches import Batch, Encoded, Labels, collate, encode, training_windows
+from comp.data.batches import Encoded, Labels, collate, encode, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.tables import Table, read_competition
 from comp.metrics import is_better
 from comp.model.backbone import load_tokenizer, save_recipe
-from comp.model.losses import build_loss, item_count, num_outputs
+from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
 from comp.optim import build_optimizer
 from comp.optim.groups import build_groups, group_table
@@ -33,6 +32,7 @@ from comp.training import oof
 from comp.training.cadence import Cadence, Never
 from comp.training.checkpoint import save_weights
 from comp.training.held_out import HeldOut
+from comp.training.objective import Objective
 from comp.training.trainer import Parts, TrainState, fit
 
 __all__ = ["parse_folds", "run"]
@@ -144,14 +144,14 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     steps_per_epoch = -(-len(training) // config.training.batch_size)
     num_steps = steps_per_epoch * config.training.epochs
     schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    labels = Labels(table.targets, table.weights)
+    labels = Labels(table.targets, table.weights, table.errors)
     held = HeldOut(
         model,
         plan.encoded,
         held_out,
         table=table,
         tasks=config.tasks,
-        metric=config.metric,
+        metrics=[config.metric_of(task) for task in config.tasks],
         runtime=runtime,
         best_path=folder.best,
     )
@@ -165,7 +165,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         config_dict=config.model_dump(mode="json"),
     )
     progress = open_progress(num_steps, f"fold {fold}")
-    losses = _Losses(plan)
+    objective = Objective(config.tasks, table, training)
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -175,9 +175,10 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         device=runtime.device,
         windows=partial(_windows, plan, training),
         collate=lambda rows: collate(plan.encoded, rows, labels),
-        count=losses.count,
-        loss=losses.share,
+        count=objective.count,
+        loss=objective.share,
         evaluate=held.evaluate,
+        others=held.others,
         keep_best=held.keep_best,
         is_better=partial(is_better, config.metric),
         cadence=_cadence(config, num_steps, steps_per_epoch) if fold != "full" else Never(),
@@ -245,7 +246,7 @@ def _model(plan: Plan) -> TextModel:
         plan.tokenizer,
         pretrained=True,
         pooler=model.pooler.model_dump(),
-        heads=_heads(plan),
+        heads=plan_heads(plan.config.tasks, plan.table.classes),
         max_length=model.max_length,
         num_fields=len(plan.table.texts),
         part=model.part,
@@ -255,11 +256,6 @@ def _model(plan: Plan) -> TextModel:
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
     )
-
-
-def _heads(plan: Plan) -> dict[str, int]:
-    classes = plan.table.classes
-    return {task.name: num_outputs(task, len(classes.get(task.name, []))) for task in plan.config.tasks}
 
 
 def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:
@@ -285,44 +281,22 @@ def _cadence(config: Config, num_steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-class _Losses:
-    """The tasks' losses, summed by weight, each divided by its own item count in the window."""
-
-    def __init__(self, plan: Plan) -> None:
-        heads = _heads(plan)
-        self.tasks = plan.config.tasks
-        self.losses = {task.name: build_loss(task.loss, task.kind, heads[task.name]) for task in self.tasks}
-        self.targets, self.weights = plan.table.targets, plan.table.weights
-
-    def count(self, rows: NDArray[np.int64]) -> dict[str, float]:
-        weights = None if self.weights is None else torch.from_numpy(self.weights[rows])
-        return {
-            task.name: float(item_count(torch.from_numpy(self.targets[task.name][rows]), weights, task.kind))
-            for task in self.tasks
-        }
-
-    def share(self, outputs: dict[str, torch.Tensor], batch: Batch, items: dict[str, float]) -> torch.Tensor:
-        total = torch.zeros((), device=batch.input_ids.device)
-        for task in self.tasks:
-            output = outputs[task.name]
-            # A pooler with branches has one output per branch, and their losses add up.
-            branches = output if output.ndim == 3 else output[None]
-            summed = sum(self.losses[task.name](one, batch.targets[task.name], batch.weights)[0] for one in branches)
-            # A window whose rows all weigh 0 has nothing to teach: its sum is 0, and so is its share.
-            total = total + task.weight * summed / (items[task.name] or 1.0)
-        return total
-
-
 def _score(plan: Plan) -> oof.Scores | None:
-    """Gather the finished folds, print the scores three ways and write scores.json."""
+    """Gather the finished folds, print each task's scores three ways and write scores.json."""
     finished = [fold for fold in plan.folder.finished_folds() if isinstance(fold, int)]
     if not finished:
         return None
+    config, classes = plan.config, plan.table.classes
     frame = oof.gather(plan.folder, finished)
-    scores = oof.score(frame, plan.config.tasks[0], plan.config.metric)
-    write_json(plan.folder.scores, scores.as_dict())
-    missing: Sequence[int] = sorted(set(range(plan.config.folds.num_folds)) - set(finished))
-    plan.say(scores.table())
+    scores = {
+        task.name: oof.score(frame, task, config.metric_of(task), classes, complete=task is config.tasks[0])
+        for task in config.tasks
+    }
+    first = scores[config.tasks[0].name]
+    write_json(plan.folder.scores, {**first.as_dict(), "tasks": {name: s.as_dict() for name, s in scores.items()}})
+    missing: Sequence[int] = sorted(set(range(config.folds.num_folds)) - set(finished))
+    for name, own in scores.items():
+        plan.say(own.table(f"{name} {own.metric}" if len(scores) > 1 else None))
     if missing:
         plan.say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
-    return scores
+    return first

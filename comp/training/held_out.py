@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from comp.config import Task
 from comp.data.batches import Encoded
 from comp.data.tables import Table
-from comp.metrics import evaluate
+from comp.metrics import evaluate, evaluate_known
+from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
 from comp.runtime import Runtime
 from comp.training import oof
@@ -22,7 +23,10 @@ __all__ = ["HeldOut"]
 
 
 class HeldOut:
-    """Scores `model` on `rows` of `table` by the metric of the first task; writes the best weights to `best_path`."""
+    """Scores `model` on `rows` of `table`; writes the best weights to `best_path`.
+
+    `metrics`: one per task; the first task's decides which weights are best.
+    """
 
     def __init__(
         self,
@@ -32,25 +36,37 @@ class HeldOut:
         *,
         table: Table,
         tasks: Sequence[Task],
-        metric: str,
+        metrics: Sequence[str],
         runtime: Runtime,
         best_path: Path,
     ) -> None:
         self.model, self.encoded, self.rows = model, encoded, rows
         self.ids, self.classes, self.tasks = table.ids, table.classes, tasks
-        self.metric, self.runtime, self.best_path = metric, runtime, best_path
-        self.kinds = {task.name: task.kind for task in tasks}
+        self.metrics, self.runtime, self.best_path = metrics, runtime, best_path
+        self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
         self.best: Predictions | None = None
         self.last: Predictions | None = None
 
     def evaluate(self) -> float:
         """Predict the rows and return the metric of the first task; NaN when a prediction is not finite."""
-        self.last = predict(self.model, self.encoded, self.ids, kinds=self.kinds, runtime=self.runtime, rows=self.rows)
+        self.last = predict(
+            self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=self.rows
+        )
         first = self.tasks[0].name
-        if not np.isfinite(self.last.values[first]).all():
+        if not all(np.isfinite(values).all() for values in self.last.values.values()):
             return float("nan")
-        return evaluate(self.metric, self.targets[first], self.last.values[first])
+        return evaluate(self.metrics[0], self.targets[first], self.last.values[first], self.tasks[0].kind)
+
+    def others(self) -> dict[str, float]:
+        """Return "valid/<task>" -> score of the latest predictions, for the auxiliary tasks that can be scored."""
+        assert self.last is not None
+        values = self.last.values
+        found = {
+            f"valid/{task.name}": evaluate_known(metric, self.targets[task.name], values[task.name], task.kind)
+            for task, metric in zip(self.tasks[1:], self.metrics[1:], strict=True)
+        }
+        return {name: score for name, score in found.items() if score is not None}
 
     def keep_best(self) -> None:
         """Keep the latest predictions, and the weights that made them, as the best."""

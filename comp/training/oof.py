@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from comp.config import Task
-from comp.metrics import evaluate
+from comp.metrics import evaluate, evaluate_known
 from comp.runs import RunFolder, write_atomic
 from comp.training.predict import Predictions
 
@@ -53,7 +54,8 @@ def write(
 def gather(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
     """Put the finished folds' rows together, audit them and write the run's oof.parquet.
 
-    Raises ValueError when an id comes twice or a prediction is not finite.
+    Raises ValueError when an id comes twice or a prediction is not finite. A missing target of an auxiliary task is
+    NaN in its target column.
     """
     frame = pd.concat([pd.read_parquet(folder.fold(fold).oof) for fold in folds], ignore_index=True)
     twice = frame["id"][frame["id"].duplicated()].unique()
@@ -62,41 +64,48 @@ def gather(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
             f"{folder.path}: {len(twice)} ids are in the out-of-fold rows of two folds (for example {twice[0]}); the "
             "folds were trained on different fold files: train again with --restart"
         )
-    numbers = frame.drop(columns=["id", "fold"]).to_numpy(np.float64)
+    numbers = frame[[name for name in frame.columns if name.startswith(("pred_", "last_"))]].to_numpy(np.float64)
     if not np.isfinite(numbers).all():
         raise ValueError(f"{folder.path}: out-of-fold rows hold NaN or infinite values; train again with --restart")
     write_atomic(folder.oof, lambda temporary: frame.to_parquet(temporary, index=False))
     return frame
 
 
+Score: TypeAlias = float | None
+
+
 @dataclass(frozen=True)
 class Scores:
-    """One task's metric over the out-of-fold rows, by best and by last weights."""
+    """One task's metric over the out-of-fold rows, by best and by last weights.
+
+    None where the metric is not defined on a fold: an auxiliary task may have no target there.
+    """
 
     metric: str
-    folds: dict[int, float]
+    folds: dict[int, Score]
     """Fold -> score of its own rows, best weights."""
-    pooled: float
+    pooled: Score
     """Score of all rows at once, best weights."""
-    last_folds: dict[int, float]
-    last_pooled: float
+    last_folds: dict[int, Score]
+    last_pooled: Score
     num_rows: int
+    """Rows with a target."""
 
     @property
-    def mean(self) -> float:
+    def mean(self) -> Score:
         """Mean of the folds' scores, best weights."""
-        return float(np.mean(list(self.folds.values())))
+        return _mean(self.folds)
 
     @property
     def std(self) -> float:
         """Standard deviation between folds (ddof 1; 0 for one fold), best weights."""
-        values = list(self.folds.values())
+        values = [score for score in self.folds.values() if score is not None]
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     @property
-    def last_mean(self) -> float:
+    def last_mean(self) -> Score:
         """Mean of the folds' scores, last weights."""
-        return float(np.mean(list(self.last_folds.values())))
+        return _mean(self.last_folds)
 
     def as_dict(self) -> dict[str, object]:
         """Return what scores.json holds."""
@@ -107,27 +116,40 @@ class Scores:
             "last": {"folds": self.last_folds, "mean": self.last_mean, "pooled": self.last_pooled},
         }
 
-    def table(self) -> str:
-        """Return the scores as text, best beside last."""
-        lines = [f"{self.metric:<16}{'best':>10}{'last':>10}"]
-        lines += [f"fold {fold:<11}{self.folds[fold]:>10.5f}{self.last_folds[fold]:>10.5f}" for fold in self.folds]
-        lines.append(f"{'mean of folds':<16}{self.mean:>10.5f}{self.last_mean:>10.5f}   (spread {self.std:.5f})")
-        lines.append(f"{'pooled':<16}{self.pooled:>10.5f}{self.last_pooled:>10.5f}   ({self.num_rows:,} rows)")
+    def table(self, title: str | None = None) -> str:
+        """Return the scores as text, best beside last, under `title` (the metric by default)."""
+
+        def line(name: str, best: Score, last: Score, more: str = "") -> str:
+            return f"{name:<16}" + "".join(f"{'-' if x is None else f'{x:.5f}':>10}" for x in (best, last)) + more
+
+        lines = [f"{title or self.metric:<16}{'best':>10}{'last':>10}"]
+        lines += [line(f"fold {fold}", self.folds[fold], self.last_folds[fold]) for fold in self.folds]
+        lines.append(line("mean of folds", self.mean, self.last_mean, f"   (spread {self.std:.5f})"))
+        lines.append(line("pooled", self.pooled, self.last_pooled, f"   ({self.num_rows:,} rows)"))
         return "\n".join(lines)
 
 
-def score(frame: pd.DataFrame, task: Task, metric: str) -> Scores:
-    """Score out-of-fold rows three ways: per fold, mean of folds, pooled."""
+def _mean(folds: Mapping[int, Score]) -> Score:
+    values = [score for score in folds.values() if score is not None]
+    return float(np.mean(values)) if values else None
 
-    def columns(part: pd.DataFrame, kind: str) -> NDArray[np.float64]:
-        prefix = f"{kind}_{task.name}_"
-        names = [name for name in part.columns if name.startswith(prefix)]
-        if kind == "target":
-            names = [f"{prefix}{column}" for column in task.targets]
-        return part[names].to_numpy(np.float64)
 
-    def scored(part: pd.DataFrame, kind: str) -> float:
-        return evaluate(metric, columns(part, "target"), columns(part, kind))
+def score(
+    frame: pd.DataFrame, task: Task, metric: str, classes: Mapping[str, Sequence[str]], *, complete: bool = True
+) -> Scores:
+    """Score out-of-fold rows three ways: per fold, mean of folds, pooled.
+
+    `complete`: the task has every target, and a metric that is not defined raises ValueError; otherwise rows without
+    a target are left out, and what cannot be scored is None.
+    """
+    names = {"target": [f"target_{task.name}_{column}" for column in task.targets]}
+    for kind in ("pred", "last"):
+        names[kind] = [f"{kind}_{task.name}_{output}" for output in output_names(task, classes)]
+    rate = evaluate if complete else evaluate_known
+
+    def scored(part: pd.DataFrame, kind: str) -> Score:
+        targets, preds = (part[names[which]].to_numpy(np.float64) for which in ("target", kind))
+        return rate(metric, targets, preds, task.kind)
 
     parts = {int(fold): frame[frame["fold"] == fold] for fold in sorted(frame["fold"].unique())}
     return Scores(
@@ -136,5 +158,5 @@ def score(frame: pd.DataFrame, task: Task, metric: str) -> Scores:
         pooled=scored(frame, "pred"),
         last_folds={fold: scored(part, "last") for fold, part in parts.items()},
         last_pooled=scored(frame, "last"),
-        num_rows=len(frame),
+        num_rows=int(frame[names["target"]].notna().all(axis=1).sum()),
     )

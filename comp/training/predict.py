@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from comp.data.batches import Encoded, collate, sorted_batches
-from comp.model.losses import decode
+from comp.model.losses import Decoder
 from comp.model.text_model import TextModel
 from comp.runtime import Runtime
 
@@ -38,20 +38,21 @@ def predict(
     encoded: Encoded,
     ids: NDArray[np.object_],
     *,
-    kinds: Mapping[str, str],
+    decoders: Mapping[str, Decoder],
     runtime: Runtime,
     rows: NDArray[np.int64] | None = None,
     on_batch: Callable[[int], Any] | None = None,
 ) -> Predictions:
     """Predict `rows` of `encoded` (None = all), returned in the order of `rows`.
 
-    `ids` (N,) names all rows of `encoded`; `kinds` maps task name to task kind; `on_batch` is called with the number of
-    rows done. The model is left in the mode it came in, and no random number is drawn.
+    `ids` (N,) names all rows of `encoded`; `decoders` maps task name to what turns its logits into
+    predictions; `on_batch` is called with the number of rows done. The model is left in the mode it came in, and no
+    random number is drawn.
     """
     assert len(ids) == len(encoded)
     rows = np.arange(len(encoded)) if rows is None else rows
     batches = sorted_batches(encoded.lengths[rows])
-    pieces: dict[str, list[torch.Tensor]] = {name: [] for name in kinds}
+    pieces: dict[str, list[torch.Tensor]] = {name: [] for name in decoders}
     was_training = model.training
     model.eval()
     try:
@@ -59,8 +60,8 @@ def predict(
             batch = collate(encoded, rows[places]).to(runtime.device)
             with runtime.autocast():
                 outputs = model(batch)
-            for name, kind in kinds.items():
-                pieces[name].append(decode(outputs[name], kind))
+            for name, decoder in decoders.items():
+                pieces[name].append(decoder(outputs[name]))
             if on_batch is not None:
                 on_batch(len(places))
     finally:

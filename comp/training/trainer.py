@@ -83,6 +83,8 @@ class Parts:
     """Outputs, micro-batch, items of the window -> this micro-batch's share of the window's mean loss."""
     evaluate: Callable[[], float]
     """Score the held-out rows; NaN when the predictions are not finite."""
+    others: Callable[[], dict[str, float]]
+    """More scores of the same predictions, to be logged only."""
     keep_best: Callable[[], None]
     """Keep the present weights, and the predictions just made, as the best."""
     is_better: Callable[[float, float | None], bool]
@@ -172,7 +174,7 @@ def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
     state.eval_seconds += seconds
     pulse.pause(seconds)
     pulse.show()
-    parts.tracker.log({"valid/score": score, "valid/best": state.best_score}, state.step)
+    parts.tracker.log({"valid/score": score, "valid/best": state.best_score, **parts.others()}, state.step)
     mark = " *" if state.best_step == state.step else ""
     parts.progress.say(f"  step {state.step:>6}  score {score:.5f}  best {state.best_score:.5f}{mark}")
 
