@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, logging
 
-from comp.data.batches import Encoded, Labels, collate, encode, training_windows
+from comp.data.batches import Labels, collate, training_windows
+from comp.data.tokens import Encoded, encode
 from comp.metrics import is_better
 from comp.model.backbone import load_tokenizer, resolve_source
 from comp.model.losses import Loss, item_count, mse

@@ -16,6 +16,7 @@ from comp.catalog import nearest
 from comp.config_variants import (
     Adversarial,
     Averaging,
+    DensePooler,
     Groups,
     LinearSchedule,
     Loss,
@@ -206,6 +207,15 @@ class Folds(Section):
         return self
 
 
+class TextWindows(Section):
+    """Texts longer than max_length as overlapping windows, whose vectors are averaged."""
+
+    stride: int = Field(64, ge=0)
+    """Tokens that neighbouring windows share (the meaning of `stride` in Hugging Face tokenizers)."""
+    max_windows: int = Field(4, ge=2)
+    """Most windows of a text; `truncation` says which are kept of more."""
+
+
 class Model(Section):
     """Backbone, pooler and what is trained of them."""
 
@@ -217,9 +227,12 @@ class Model(Section):
     pooler: Pooler = MeanPooler()
     """How token vectors become one vector (see `comp list poolers`)."""
     max_length: int = Field(256, ge=4)
-    """Tokens per text, special tokens included; longer texts are cut."""
-    truncation: Literal["head", "tail"] = "head"
-    """What is kept of a text that is too long: its head or its tail."""
+    """Tokens per text, special tokens included; longer texts are cut or become windows."""
+    truncation: Literal["head", "tail", "head_tail"] = "head"
+    """What is kept of a text that is too long: its head, its tail, or a quarter from the head and the rest from the
+    tail."""
+    windows: TextWindows | None = None
+    """Read long texts whole, as windows of max_length; null = cut them. The cost grows with the windows."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """Every dropout of the backbone; null = the checkpoint's own."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
@@ -232,6 +245,11 @@ class Model(Section):
     """Keep the lowest n blocks fixed; 0 = off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30% slower, much less memory."""
+
+    @property
+    def cutting(self) -> dict[str, Any]:
+        """What the tokens of a text depend on: keyword arguments of `encode`."""
+        return self.model_dump(include={"max_length", "truncation", "windows"})
 
 
 # --- optimisation ----------------------------------------------------------------------------------------------------
@@ -415,6 +433,18 @@ class Config(Section):
                 f"the loss of task '{whole[0]}' compares the rows of a whole batch, which micro-batches of "
                 f"{self.training.micro_batch_size} would change; set training.micro_batch_size to null, or a smaller "
                 "training.batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pooler_fits_texts(self) -> Config:
+        pooler, count = self.model.pooler, len(self.competition.text_columns)
+        while isinstance(pooler, DensePooler):
+            pooler = pooler.of
+        if pooler.name == "two_tower" and count < 2:
+            raise ValueError(
+                f"pooler 'two_tower' needs two text columns or more; competition.text has {count}: "
+                f"{', '.join(self.competition.text_columns)}; name another one, or use pooler 'dense'"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Tokenizing, the cache, bucketing, padding."""
+"""Bucketing, padding, labels."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODELS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comp.data import batches
-from comp.data.batches import Labels, collate, encode, sorted_batches, training_windows
+from comp.data.batches import Labels, collate, sorted_batches, training_windows
+from comp.data.tokens import encode
 from comp.model.backbone import load_tokenizer
 
 TEXTS = ["the ship was golden", "a dull tram", "deer", "on the bridge she was happy and the market was bright"]
@@ -22,67 +21,6 @@ TEXTS = ["the ship was golden", "a dull tram", "deer", "on the bridge she was ha
 @pytest.fixture
 def bert(tiny_model_folder: Callable[..., Path]) -> object:
     return load_tokenizer(str(tiny_model_folder("bert")))
-
-
-@pytest.mark.parametrize("kind", TINY_MODELS)
-def test_tokens_equal_the_tokenizers_own(kind: str, tiny_model_folder: Callable[..., Path]) -> None:
-    tokenizer = load_tokenizer(str(tiny_model_folder(kind)))
-    encoded = encode(tokenizer, (TEXTS,), max_length=8, cache=None)
-    batch = collate(encoded, np.arange(4))
-    expected = tokenizer(TEXTS, truncation=True, max_length=8, padding=True, return_tensors="pt")
-    assert torch.equal(batch.input_ids, expected["input_ids"])
-    assert torch.equal(batch.mask, expected["attention_mask"])
-    assert batch.num_tokens == int(expected["attention_mask"].sum())
-    if "token_type_ids" in tokenizer.model_input_names:
-        assert batch.token_type_ids is not None
-        assert torch.equal(batch.token_type_ids, expected["token_type_ids"])
-    else:
-        assert batch.token_type_ids is None
-    assert encoded.num_cut == sum(len(tokenizer(text)["input_ids"]) > 8 for text in TEXTS)
-
-
-def test_a_pair_has_two_segments_and_more_columns_are_joined(bert: object) -> None:
-    pair = collate(encode(bert, (["deer"], ["path"]), max_length=16, cache=None), np.arange(1))
-    assert pair.token_type_ids is not None
-    assert pair.token_type_ids.tolist() == [[0, 0, 0, 1, 1]]
-    three = encode(bert, (["deer"], ["path"], ["oak"]), max_length=16, cache=None)
-    assert bert.decode(three.ids) == "[CLS] deer [SEP] path [SEP] oak [SEP]"
-
-
-def test_truncation_keeps_head_or_tail_and_the_special_tokens(bert: object) -> None:
-    text = (["ship wave tide sail oak fern"],)
-    assert bert.decode(encode(bert, text, max_length=5, cache=None).ids) == "[CLS] ship wave tide [SEP]"
-    assert (
-        bert.decode(encode(bert, text, max_length=5, truncation="tail", cache=None).ids) == "[CLS] sail oak fern [SEP]"
-    )
-    assert bert.truncation_side == "right"
-
-
-def test_the_cache_is_used_and_keyed_by_content(bert: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = encode(bert, (TEXTS,), max_length=16, cache=tmp_path)
-    calls = []
-    original = batches._tokenize
-    monkeypatch.setattr(batches, "_tokenize", lambda *args: calls.append(args) or original(*args))
-    again = encode(bert, (TEXTS,), max_length=16, cache=tmp_path)
-    assert not calls
-    assert isinstance(again.ids, np.memmap)
-    assert np.array_equal(first.ids, again.ids)
-    encode(bert, (TEXTS,), max_length=15, cache=tmp_path)
-    encode(bert, (TEXTS,), max_length=16, truncation="tail", cache=tmp_path)
-    encode(bert, ([*TEXTS[:-1], "moss"],), max_length=16, cache=tmp_path)
-    assert len(calls) == 3
-
-
-def test_a_cache_that_cannot_be_written_costs_nothing(bert: object, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    encoded = encode(bert, (TEXTS,), max_length=16, cache=tmp_path / "file")
-    assert len(encoded) == 4
-
-
-def test_earlier_calls_leave_no_trace(bert: object) -> None:
-    plain = encode(bert, (TEXTS,), max_length=16, cache=None)
-    bert(TEXTS, padding="max_length", truncation=True, max_length=6)
-    assert np.array_equal(encode(bert, (TEXTS,), max_length=16, cache=None).ids, plain.ids)
 
 
 @given(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import TinyCompetition
 
@@ -38,6 +39,12 @@ def test_trains(
         f"model.backbone={tiny_model_folder('roberta')}", "model.max_length=32", "training.epochs=1",
         "training.max_rows=24", "tracking.wandb=off",
     ]  # fmt: skip
+    frame = pd.read_csv(tiny.train, dtype=str)
+    for place, task in enumerate(config.tasks[1:], 1):
+        assert task.kind == "regression", "write made-up targets of this kind here"
+        frame[f"auxiliary{place}"] = [str(row % 3) for row in range(len(frame))]
+        replaced.append(f"tasks.{place}.targets=[auxiliary{place}]")
+    frame.to_csv(tiny.train, index=False)
     said: list[str] = []
     scores = crossval.run(config_file.load(file, replaced), "built", "0", say=said.append)
     assert scores is not None

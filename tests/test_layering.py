@@ -38,6 +38,7 @@ LAYERS = {
     "data/tables.py": 1,
     "data/splitters.py": 1,
     "data/folds.py": 1,
+    "data/tokens.py": 1,
     "data/batches.py": 1,
     "data/first_config.py": 1,
     "model/__init__.py": 1,

@@ -13,7 +13,8 @@ import torch
 from conftest import TINY_MODELS
 from safetensors.torch import load_file, save_file
 
-from comp.data.batches import collate, encode
+from comp.data.batches import collate
+from comp.data.tokens import encode
 from comp.model.backbone import load_tokenizer, resolve_source
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +16,8 @@ from conftest import TINY_MODELS
 from pydantic import TypeAdapter
 
 from comp.config_variants import Pooler as PoolerConfig
-from comp.data.batches import collate, encode
+from comp.data.batches import collate
+from comp.data.tokens import encode
 from comp.model.backbone import load_tokenizer, save_recipe
 from comp.model.pooling import POOLERS, Pooler, build_pooler, needs_trained_pooler
 from comp.model.sbert_wk import neighbours, token_weights
@@ -93,7 +93,7 @@ def test_tokens_to_a_bf16_step_to_a_reloaded_checkpoint(
 ) -> None:
     model, tokenizer = made(tiny_model_folder(kind), name)
     encoded = encoded_pair(tokenizer, [0, 1, 2, 3])
-    model.pooler.fit([encoded.ids[a:b] for a, b in itertools.pairwise(encoded.offsets)])
+    model.pooler.fit(encoded.documents(np.arange(4)))
     groups = build_groups(model, depth_of=model.depth_of, num_layers=model.backbone.num_layers, lr=1e-3)
     listed = {id(parameter) for group in groups for parameter in group.params}
     assert all(id(parameter) in listed for parameter in model.pooler.parameters())

@@ -16,8 +16,9 @@ from conftest import TINY_TASKS, TinyCompetition
 from torch import nn
 
 from comp.config import Config
-from comp.data.batches import Labels, collate, encode, training_windows
+from comp.data.batches import Labels, collate, training_windows
 from comp.data.tables import Table, read_train
+from comp.data.tokens import encode
 from comp.metrics import is_better
 from comp.model.backbone import load_tokenizer
 from comp.model.losses import num_outputs

@@ -17,8 +17,17 @@ from comp.model.pooling import Pooler, build_pooler, needs_trained_pooler
 __all__ = ["TextModel", "build_model"]
 
 
+def mean_of_windows(vector: torch.Tensor, window_of: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Average (..., P, F) over the windows of each row: (..., B, F). `window_of` (P,): row of each window."""
+    total = vector.new_zeros(*vector.shape[:-2], num_rows, vector.shape[-1]).index_add(-2, window_of, vector)
+    return total / torch.bincount(window_of, minlength=num_rows)[:, None]
+
+
 class TextModel(nn.Module):
     """One vector per text, then a head per task.
+
+    The windows of a long text are averaged as vectors, before the head: for a linear head the same as averaging its
+    outputs.
 
     `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others. A
     pooler with branches gives (n, B, K) while training, one output per branch, whose losses are summed, and the mean
@@ -40,8 +49,11 @@ class TextModel(nn.Module):
         device = batch.input_ids.device.type
         # Pooler, heads and losses stay in float32 under autocast: they are cheap, and half precision costs digits.
         with torch.autocast(device, enabled=self.pooler.half_precision and torch.is_autocast_enabled(device)):
-            vector = self.pooler(hidden, batch.mask, batch.input_ids)
+            fields = {"fields": batch.fields} if self.pooler.needs_fields else {}
+            vector = self.pooler(hidden, batch.mask, batch.input_ids, **fields)
         with torch.autocast(device, enabled=False):
+            if batch.window_of is not None:
+                vector = mean_of_windows(vector, batch.window_of, len(batch.rows))
             vector = self.head_dropout(vector)
             outputs = {name: head(vector) for name, head in self.heads.items()}
             if self.pooler.num_branches > 1 and not self.training:

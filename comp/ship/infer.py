@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from comp import config_file
 from comp.config import Config, Task
-from comp.data.batches import CACHE, encode
 from comp.data.tables import Table, read_test, table_of
+from comp.data.tokens import CACHE, encode
 from comp.model.backbone import load_tokenizer
 from comp.model.heads import plan_heads
 from comp.model.losses import build_decoder
@@ -82,10 +82,7 @@ class LoadedRun:
         The text is tokenized once; one model at a time is in memory.
         """
         tokenizer = load_tokenizer(str(self.folder.backbone))
-        model_config = self.config.model
-        encoded = encode(
-            tokenizer, table.texts, max_length=model_config.max_length, truncation=model_config.truncation, cache=cache
-        )
+        encoded = encode(tokenizer, table.texts, **self.config.model.cutting, cache=cache)
         model = self._model(tokenizer).to(self.runtime.device)
         decoders = {self.task.name: build_decoder(self.task, self.classes.get(self.task.name, []))}
         progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.config import Config, parse_every
-from comp.data.batches import Encoded, Labels, collate, encode, training_windows
+from comp.data.batches import Labels, collate, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.tables import Table, read_competition
+from comp.data.tokens import Encoded, encode
 from comp.metrics import is_better
 from comp.model.backbone import load_tokenizer, save_recipe
 from comp.model.heads import plan_heads
@@ -85,12 +86,17 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
+    if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
+        _model(config, table, tokenizer)  # what does not fit is said now, before anything is written
+        release_memory()
+    encoded = encode(tokenizer, table.texts, **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
     about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
     claim(folder, config, marks, about, restart=wanted if restart else [])
-    encoded = encode(tokenizer, table.texts, max_length=config.model.max_length, truncation=config.model.truncation)
     plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, say)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
+    if encoded.num_windowed:
+        say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
     if encoded.num_cut:
         share = encoded.num_cut / len(encoded)
         say(f"{encoded.num_cut:,} texts ({share:.1%}) are cut at model.max_length {config.model.max_length} tokens")
@@ -119,8 +125,8 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
 
     seed_everything(config.training.seed)
-    model = _model(plan)
-    model.pooler.fit(plan.encoded.ids[slice(*plan.encoded.offsets[row : row + 2])] for row in training)
+    model = _model(config, table, plan.tokenizer)
+    model.pooler.fit(plan.encoded.documents(training))
     model.to(runtime.device)
     save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
@@ -239,16 +245,16 @@ def _rows(plan: Plan, fold: Fold) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return training, held_out
 
 
-def _model(plan: Plan) -> TextModel:
-    model = plan.config.model
+def _model(config: Config, table: Table, tokenizer: Any) -> TextModel:
+    model = config.model
     return build_model(
         model.backbone,
-        plan.tokenizer,
+        tokenizer,
         pretrained=True,
         pooler=model.pooler.model_dump(),
-        heads=plan_heads(plan.config.tasks, plan.table.classes),
+        heads=plan_heads(config.tasks, table.classes),
         max_length=model.max_length,
-        num_fields=len(plan.table.texts),
+        num_fields=len(table.texts),
         part=model.part,
         dropout=model.dropout,
         head_dropout=model.head_dropout,

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.config import Task
-from comp.data.batches import Encoded
 from comp.data.tables import Table
+from comp.data.tokens import Encoded
 from comp.metrics import evaluate, evaluate_known
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel

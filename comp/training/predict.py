@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from comp.data.batches import Encoded, collate, sorted_batches
+from comp.data.batches import collate, sorted_batches
+from comp.data.tokens import Encoded
 from comp.model.losses import Decoder
 from comp.model.text_model import TextModel
 from comp.runtime import Runtime
