@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format readme bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(STAMP)  ## ruff (rules and format) and mypy
 format: $(STAMP)  ## rewrite the files as ruff wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: $(STAMP)  ## write the catalogues into the README's table of techniques
+	$(BIN)/python tests/test_readme.py
 
 bench: $(STAMP)  ## tokens per second of our loop against a bare PyTorch loop
 	$(BIN)/python benchmarks/train_speed.py

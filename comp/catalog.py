@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
-__all__ = ["CATALOGUES", "Row", "catalogue", "nearest", "pick"]
+__all__ = ["CATALOGUES", "Row", "catalogue", "markdown", "nearest", "pick"]
 
 # What `comp list NAME` shows, and where the dict is. Text, not imports: nothing heavy is loaded until asked for.
 CATALOGUES: dict[str, str] = {
@@ -59,3 +59,12 @@ def catalogue(name: str) -> Mapping[str, Any]:
     module, attribute = pick(CATALOGUES, name, "catalogue").split(":")
     table: Mapping[str, Any] = getattr(import_module(module), attribute)
     return table
+
+
+def markdown(names: Iterable[str] = tuple(CATALOGUES)) -> str:
+    """Return catalogues as Markdown tables, a heading line each: the README's table of techniques."""
+    blocks = []
+    for name in names:
+        rows = [f"| `{key}` | {row.about} | {row.source} |" for key, row in catalogue(name).items()]
+        blocks.append("\n".join([f"**{name}**", "", "| name | what | source |", "|---|---|---|", *rows]))
+    return "\n\n".join(blocks) + "\n"

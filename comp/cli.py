@@ -136,10 +136,14 @@ def init(
 @app.command("list")
 def list_(
     what: Annotated[str | None, typer.Argument(help="poolers, losses, metrics, optimizers, schedules, ...")] = None,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As Markdown tables; without a name, all.")] = False,
 ) -> None:
     """List a catalogue: name, what it is, where it comes from."""
-    from comp.catalog import CATALOGUES, catalogue
+    from comp.catalog import CATALOGUES, catalogue, markdown
 
+    if as_markdown:
+        print(markdown([what] if what else CATALOGUES), end="")
+        return
     if what is None:
         for name in CATALOGUES:
             print(f"comp list {name}")

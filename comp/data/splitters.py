@@ -178,7 +178,7 @@ SPLITTERS: dict[str, Row] = {
         "Sechidis et al. 2011, iterative-stratification",
     ),
     "time": Row(time, "blocks in time, each validated by a model of the earlier ones", "as TimeSeriesSplit"),
-    "column": Row(column, "the table's own column of fold numbers 0, 1, ..."),
+    "column": Row(column, "the table's own column of fold numbers 0, 1, ...", "common practice"),
 }
 
 # The settings that change a splitter's folds: what the sidecar records, and a later config must agree with.

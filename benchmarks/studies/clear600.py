@@ -1,0 +1,300 @@
+"""What the studies share: 600 rows of CLEAR, MiniLM, 3 folds, 2 seeds, 2 epochs of 128 tokens, 5 evaluations an epoch.
+
+A study compares variants (label -> overrides of configs/clear-minilm.yaml). Every fold is trained by comp's own
+cross-validation and its row appended to a .jsonl file as it finishes; rows that are there are skipped, so a stop loses
+nothing. The report pairs each variant with the baseline on the same seed and fold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT.parent / "shared" / "data" / "clear" / "train.csv"
+WORK = Path(tempfile.gettempdir()) / "comp-studies"
+
+NUM_ROWS, SEEDS, FOLDS = 600, (1, 2), 3
+SETTINGS = [
+    "competition.name=clear600",
+    f"competition.train={WORK / 'train.csv'}",
+    "competition.test=null",
+    "competition.sample_submission=null",
+    f"folds.num_folds={FOLDS}",
+    "folds.seed=1",
+    "model.max_length=128",
+    "training.epochs=2",
+    "evaluation.every=20%",
+    "evaluation.start_percent=0",
+    "tracking.wandb=off",
+]
+AT_A_TIME = 24  # jobs of one set of processes: what their memory gathers is given back (max_tasks_per_child deadlocks)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared, against what, and where the answer goes."""
+
+    name: str
+    """Stem of the files in benchmarks/results/."""
+    title: str
+    what: str
+    """Heading of the first column."""
+    baseline: str
+    variants: Mapping[str, Sequence[str]]
+    """Label -> overrides."""
+
+    @property
+    def rows(self) -> Path:
+        return RESULTS / f"{self.name}.jsonl"
+
+    @property
+    def command(self) -> str:
+        return f"python benchmarks/studies/{self.name}.py"
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Write the 600 rows, spread evenly over the sorted target, and their folds, into a folder outside the project."""
+    import pandas as pd
+
+    from comp import config_file
+    from comp.data.folds import get_or_make_folds
+    from comp.data.tables import read_competition
+
+    if not DATA.exists():
+        sys.exit(f"{DATA} not found: the study needs the CLEAR corpus in Kaggle's CommonLit format")
+    frame = pd.read_csv(DATA)
+    places = [round(i * (len(frame) - 1) / (NUM_ROWS - 1)) for i in range(NUM_ROWS)]
+    WORK.mkdir(parents=True, exist_ok=True)
+    frame.sort_values(["target", "id"]).iloc[places].sample(frac=1, random_state=1).to_csv(
+        WORK / "train.csv", index=False
+    )
+    os.chdir(WORK)
+    config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", SETTINGS)
+    table, _, _ = read_competition(config.competition, config.tasks)
+    get_or_make_folds(Path("folds/clear600.csv"), table, config.tasks, config.folds)
+
+
+def train(label: str, variant: Sequence[str], seed: int, fold: int) -> Row | str:
+    """Train one fold in a worker process; return its row, or the reason why the variant was refused."""
+    import numpy as np
+    import pandas as pd
+
+    from comp import config_file
+    from comp.runs import RunFolder, commit, read_json, versions
+    from comp.training import crossval
+
+    os.chdir(WORK)
+    name = f"{label}-{seed}-{fold}".replace(" ", "").replace(",", "-")
+    overrides = [*SETTINGS, f"training.seed={seed}", *variant]
+    folder = RunFolder(Path("runs") / name)
+    shutil.rmtree(folder.path, ignore_errors=True)
+    try:
+        config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", overrides)
+        crossval.run(config, name, str(fold), say=lambda line: None)
+    except ValueError as refusal:
+        return f"{label}: {refusal}"
+    frame = pd.read_parquet(folder.fold(fold).oof)
+    done = read_json(folder.fold(fold).done)
+    target = frame.filter(like="target_").to_numpy(np.float64)
+    squared = {
+        k: float(((frame.filter(like=f"{k}_readability") - target) ** 2).to_numpy().sum()) for k in ("pred", "last")
+    }
+    shutil.rmtree(folder.path)
+    return {
+        "variant": label,
+        "overrides": list(variant),
+        "seed": seed,
+        "fold": fold,
+        "rows": len(frame),
+        "squared_best": squared["pred"],
+        "squared_last": squared["last"],
+        "best_step": done["best_step"],
+        "steps": done["steps"],
+        "seconds": done["seconds"],
+        "commit": commit(),
+        "versions": {key: versions()[key] for key in ("torch", "transformers")},
+    }
+
+
+def run(study: Study, jobs: int) -> None:
+    """Train what is missing, all variants with the first seed before the second."""
+    prepare()
+    chosen = study.variants
+    known = {(row["variant"], row["seed"], row["fold"]) for row in read_rows(study.rows)}
+    todo = [(label, seed, fold) for seed in SEEDS for label in chosen for fold in range(FOLDS)]
+    todo = [job for job in todo if job not in known]
+    print(f"{len(known)} rows are there, {len(todo)} to train, {jobs} at a time", flush=True)
+    context = get_context("spawn")
+    for start in range(0, len(todo), AT_A_TIME):
+        part = todo[start : start + AT_A_TIME]
+        with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
+            futures = [pool.submit(train, label, chosen[label], seed, fold) for label, seed, fold in part]
+            for future in as_completed(futures):
+                note(study.rows, future.result())
+
+
+def note(file: Path, row: Row | str) -> None:
+    """Append a row, or say why there is none."""
+    if isinstance(row, str):
+        print(f"refused: {row}", flush=True)
+        return
+    RESULTS.mkdir(exist_ok=True)
+    with open(file, "a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row) + "\n")
+    score = (row["squared_best"] / row["rows"]) ** 0.5
+    where = f"{row['variant']} seed {row['seed']} fold {row['fold']}"
+    print(f"{where}: RMSE {score:.4f}, {row['seconds']:.0f} s", flush=True)
+
+
+def one_thread() -> None:
+    """Give a worker one thread (two processes of one thread train more than one of two) and no progress lines."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Return the finished rows, the latest of each (variant, seed, fold)."""
+    if not file.exists():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return list({(row["variant"], row["seed"], row["fold"]): row for row in rows}.values())
+
+
+def rmse(rows: Iterable[Row], kind: str) -> float:
+    """Return the RMSE over all rows of the given folds together. `kind`: best | last."""
+    rows = list(rows)
+    return float((sum(row[f"squared_{kind}"] for row in rows) / sum(row["rows"] for row in rows)) ** 0.5)
+
+
+def summary(study: Study, rows: list[Row]) -> list[Row]:
+    """Return one line per variant, best first: RMSE, spread, difference from the baseline, cost.
+
+    `best`, `last`: pooled RMSE of each seed's folds, mean over seeds. `spread`: standard deviation over seed x fold, by
+    the best checkpoint. `gain_best`, `gain_last`: mean over the (seed, fold) both have of baseline - variant;
+    `error_...` its standard error (None for fewer than two). `cost`: median seconds relative to the baseline's.
+    """
+    import numpy as np
+
+    by_label: dict[str, list[Row]] = {}
+    for row in rows:
+        by_label.setdefault(row["variant"], []).append(row)
+    base = {(row["seed"], row["fold"]): row for row in by_label[study.baseline]}
+    lines = []
+    for label, own in by_label.items():
+        seeds = sorted({row["seed"] for row in own})
+        folds = [rmse([row], "best") for row in own]
+        twins = [(base[row["seed"], row["fold"]], row) for row in own if (row["seed"], row["fold"]) in base]
+        line: Row = {
+            "variant": label,
+            "folds": folds,
+            "spread": float(np.std(folds, ddof=1)) if len(folds) > 1 else 0.0,
+            "cost": _median_seconds(own) / _median_seconds(base.values()),
+        }
+        for kind in ("best", "last"):
+            line[kind] = float(np.mean([rmse([row for row in own if row["seed"] == seed], kind) for seed in seeds]))
+            gains = [rmse([twin], kind) - rmse([row], kind) for twin, row in twins]
+            known = len(gains) > 1 and label != study.baseline
+            line[f"gain_{kind}"] = float(np.mean(gains)) if gains else 0.0
+            line[f"error_{kind}"] = float(np.std(gains, ddof=1) / len(gains) ** 0.5) if known else None
+        lines.append(line)
+    return sorted(lines, key=lambda line: float(line["best"]))
+
+
+def _median_seconds(rows: Iterable[Row]) -> float:
+    return statistics.median(row["seconds"] for row in rows)
+
+
+def table(study: Study, rows: list[Row]) -> str:
+    """Return the Markdown page."""
+    lines = [
+        f"# {study.title}",
+        "",
+        f"`{study.command}`: {NUM_ROWS} rows of CLEAR, MiniLM, {FOLDS} folds x {len(SEEDS)} seeds, 2 epochs of",
+        "texts of at most 128 tokens, 5 evaluations an epoch. RMSE by the best checkpoint flatters (it is chosen on",
+        "the rows it is scored on), by the last does not. Gain: how much lower than the baseline",
+        f"`{study.baseline}` on the same seed and fold, with its standard error; under about two errors it is",
+        "noise. Cost: seconds relative to the baseline's.",
+        "",
+        f"| {study.what} | folds | RMSE best | RMSE last | spread | gain best | gain last | cost |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for line in summary(study, rows):
+        gains = [
+            "" if line[f"error_{kind}"] is None else f"{line[f'gain_{kind}']:+.4f} ± {line[f'error_{kind}']:.4f}"
+            for kind in ("best", "last")
+        ]
+        lines.append(
+            f"| {line['variant']} | {len(line['folds'])} | {line['best']:.4f} | {line['last']:.4f} | "
+            f"{line['spread']:.4f} | {gains[0]} | {gains[1]} | {line['cost']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(study: Study, rows: list[Row], file: Path) -> None:
+    """Draw one line of dots per variant: the difference from the baseline on the same seed and fold."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = summary(study, rows)
+    base = {(row["seed"], row["fold"]): rmse([row], "best") for row in rows if row["variant"] == study.baseline}
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(lines) + 1.6), layout="constrained")
+    colours = dict(zip(SEEDS, ("tab:blue", "tab:orange"), strict=True))
+    for place, line in enumerate(lines):
+        for row in rows:
+            key = row["seed"], row["fold"]
+            if row["variant"] == line["variant"] and key in base:
+                axes.plot(rmse([row], "best") - base[key], place, "o", ms=4, alpha=0.6, color=colours[row["seed"]])
+        if line["error_best"] is not None:
+            error = 2 * line["error_best"]
+            axes.errorbar(-line["gain_best"], place, xerr=error, fmt="|", color="black", ms=10, capsize=3, elinewidth=1)
+    axes.axvline(0, color="grey", lw=1)
+    axes.set_yticks(range(len(lines)), [f"{line['variant']}  {line['best']:.3f}" for line in lines])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"RMSE minus that of {study.baseline} on the same seed and fold (left is better)")
+    axes.set_title(f"{study.title}: each dot a fold, bars two standard errors", fontsize=10)
+    for seed, colour in colours.items():
+        axes.plot([], [], "o", ms=4, color=colour, label=f"seed {seed}")
+    axes.legend(loc="upper right", fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
+def main(study: Study, about: str) -> None:
+    """Run a study from the command line, or only its report."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="folds trained at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="only write table and picture")
+    options = parser.parse_args()
+    if not options.report:
+        run(study, options.jobs)
+    rows = read_rows(study.rows)
+    if not any(row["variant"] == study.baseline for row in rows):
+        sys.exit(f"no rows of '{study.baseline}' in {study.rows}; run `{study.command}` first")
+    (RESULTS / f"{study.name}.md").write_text(table(study, rows), encoding="utf-8")
+    picture(study, rows, RESULTS / f"{study.name}.png")
+    print(f"wrote {RESULTS / study.name}.md and .png")

@@ -1,0 +1,95 @@
+"""The arithmetic of benchmarks/studies: pooled scores, paired gains, the table and the picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "studies"
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the module the studies share, imported as they do."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield import_module("clear600")
+    for name in ("clear600", "poolers", "multitask"):
+        sys.modules.pop(name, None)
+
+
+def row(variant: str, seed: int, fold: int, best: float, last: float, seconds: float = 10.0) -> dict[str, Any]:
+    """A fold of 4 rows with the given RMSE."""
+    return {
+        "variant": variant, "seed": seed, "fold": fold, "rows": 4, "seconds": seconds,
+        "squared_best": 4 * best**2, "squared_last": 4 * last**2,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def study(studies: Any) -> Any:
+    return studies.Study("made_up", "A study", "thing", "plain", {"plain": [], "better": [], "worse": []})
+
+
+ROWS = [
+    row("plain", 1, 0, 0.5, 0.6), row("plain", 1, 1, 0.7, 0.7), row("plain", 2, 0, 0.6, 0.6),
+    row("better", 1, 0, 0.4, 0.5, 20), row("better", 1, 1, 0.5, 0.5, 20), row("better", 2, 0, 0.5, 0.7, 20),
+    row("worse", 1, 0, 0.9, 0.9),
+]  # fmt: skip
+
+
+def test_scores_are_pooled_over_rows_and_gains_paired(studies: Any, study: Any) -> None:
+    lines = studies.summary(study, ROWS)
+    assert [line["variant"] for line in lines] == ["better", "plain", "worse"]
+    better, plain, worse = lines
+    first_seed = np.sqrt((4 * 0.5**2 + 4 * 0.7**2) / 8)
+    assert plain["best"] == pytest.approx((first_seed + 0.6) / 2)
+    assert better["gain_best"] == pytest.approx((0.1 + 0.2 + 0.1) / 3)
+    assert better["error_best"] == pytest.approx(np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3))
+    assert better["gain_last"] == pytest.approx((0.1 + 0.2 - 0.1) / 3)
+    assert better["cost"] == 2
+    assert plain["error_best"] is None and worse["error_best"] is None
+    assert better["spread"] == pytest.approx(np.std([0.4, 0.5, 0.5], ddof=1))
+
+
+def test_the_latest_row_wins(studies: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert studies.read_rows(file) == []
+    studies.note(file, ROWS[0])
+    studies.note(file, row("plain", 1, 0, 0.9, 0.9))
+    studies.note(file, "plain: refused because")
+    assert [line["squared_best"] for line in studies.read_rows(file)] == [4 * 0.9**2]
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_table_and_picture(studies: Any, study: Any, tmp_path: Path) -> None:
+    text = studies.table(study, ROWS)
+    assert text.count("\n| ") == 4
+    assert "| better | 3 | 0.4764 |" in text
+    studies.picture(study, ROWS, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["poolers", "multitask"])
+def test_committed_tables_are_those_of_the_committed_rows(name: str, studies: Any) -> None:
+    own = import_module(name).STUDY
+    rows = studies.read_rows(own.rows)
+    if not rows:
+        pytest.skip(f"no rows of {name} are committed yet")
+    assert {row["variant"] for row in rows} <= set(own.variants)
+    assert (studies.RESULTS / f"{name}.md").read_text(encoding="utf-8") == studies.table(own, rows)
+    assert all(json.dumps(row) for row in rows)
+
+
+def test_every_variant_is_a_valid_config(studies: Any) -> None:
+    from comp import config_file
+
+    base = studies.ROOT / "configs" / "clear-minilm.yaml"
+    for name in ("poolers", "multitask"):
+        for overrides in import_module(name).STUDY.variants.values():
+            config_file.load(base, [*studies.SETTINGS, *overrides])
