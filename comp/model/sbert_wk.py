@@ -44,7 +44,8 @@ def token_weights(states: torch.Tensor, window: int = 2, windows: str = "repo") 
 
     `states`: (N, K, H), N tokens with their K layer vectors, bottom layer first; K >= 3 and window < K.
     """
-    wide = states.double()
+    # Apple's GPUs have no float64: there the small matrices are made on the CPU.
+    wide = states.cpu().double() if states.device.type == "mps" else states.double()
     gram = wide @ wide.transpose(1, 2)
     square = gram.diagonal(dim1=1, dim2=2)
     norm = square.sqrt()
@@ -88,10 +89,11 @@ class SBERTWK(Pooler):
             counted = counted & ~((places == last[:, None]) & (counted.sum(1, keepdim=True) > 1))
         states = torch.stack([layer(hidden, index)[counted] for index in self.layers], 1)
         parts = [token_weights(part, self.window, self.windows) for part in states.split(CHUNK)]
-        alpha = torch.cat([part[0] for part in parts]).to(states.dtype)
+        alpha = torch.cat([part[0] for part in parts]).to(states.dtype).to(states.device)
         words = torch.einsum("nkh,nk->nh", states, alpha)
         row = counted.nonzero()[:, 0]
         weight = torch.cat([part[1] for part in parts]) + ALIKE
-        total = weight.new_zeros(len(mask)).index_add(0, row, weight)
-        share = (weight / total[row]).to(states.dtype)
+        own = row.to(weight.device)
+        total = weight.new_zeros(len(mask)).index_add(0, own, weight)
+        share = (weight / total[own]).to(states.dtype).to(states.device)
         return states.new_zeros(len(mask), states.shape[2]).index_add(0, row, words * share[:, None])

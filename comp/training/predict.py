@@ -70,7 +70,7 @@ def predict(
     order = np.concatenate(batches) if batches else np.zeros(0, np.int64)
     values = {}
     for name, parts in pieces.items():
-        flat = torch.cat(parts).double().cpu().numpy()  # one copy from the device, after the last batch
+        flat = torch.cat(parts).cpu().double().numpy()  # one copy from the device, after the last batch
         values[name] = np.empty_like(flat)
         values[name][order] = flat
     return Predictions(ids[rows], values)
