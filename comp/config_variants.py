@@ -289,13 +289,25 @@ class UnifiedLayout(Section):
     layout: Literal["unified"] = "unified"
 
 
+class ModuleWiseLayout(Section):
+    layout: Literal["module_wise"] = "module_wise"
+    embeddings_factor: float = Field(0.5, gt=0)
+    """Rate of the embeddings as a share of the blocks'."""
+
+
+class LayerWiseLayout(Section):
+    layout: Literal["layer_wise"] = "layer_wise"
+    factor: float = Field(2.6, ge=1)
+    """The lowest third of the blocks, and the embeddings, learn at lr / factor, the highest at lr x factor."""
+
+
 class LLRDLayout(Section):
     layout: Literal["llrd"] = "llrd"
     decay: float = Field(0.95, gt=0, le=1)
     """Each block's learning rate is this times the rate of the block above it; 1 = the same for all."""
 
 
-Groups = Annotated[UnifiedLayout | LLRDLayout, Field(discriminator="layout")]
+Groups = Annotated[UnifiedLayout | ModuleWiseLayout | LayerWiseLayout | LLRDLayout, Field(discriminator="layout")]
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from torch import nn
 from comp.model.backbone import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.optim import OPTIMIZERS, build_optimizer
-from comp.optim.groups import LAYOUTS, build_groups, group_table
+from comp.optim.groups import LAYOUTS, build_groups, group_table, layer_wise
 
-LAYOUT_OPTIONS: dict[str, dict[str, float]] = {"unified": {}, "llrd": {"decay": 0.5}}
+LAYOUT_OPTIONS: dict[str, dict[str, float]] = {name: {} for name in LAYOUTS} | {"llrd": {"decay": 0.5}}
 
 
 def made(folder: Path, **options: Any) -> TextModel:
@@ -71,6 +71,39 @@ def test_llrd_rates_by_depth(kind: str, tiny_model_folder: Callable[..., Path]) 
     for name, rate in rates.items():
         depth = model.depth_of(name)
         assert rate == (7.0 if depth == 4 else 0.5 ** (4 - depth)), name
+
+
+def test_module_wise_sets_the_embeddings_apart(tiny_model_folder: Callable[..., Path]) -> None:
+    for kind in TINY_MODELS:
+        model = made(tiny_model_folder(kind))
+        groups = groups_of(model, lr=1.0, head_lr=7.0, layout="module_wise", embeddings_factor=0.25)
+        for group in groups:
+            for name in group.names:
+                depth = model.depth_of(name)
+                assert group.lr == {0: 0.25, 4: 7.0}.get(depth, 1.0), (kind, name)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"),
+    [
+        (12, [-1] * 5 + [0] * 4 + [1] * 4),
+        (24, [-1] * 9 + [0] * 8 + [1] * 8),
+        (6, [-1, -1, -1, 0, 0, 1, 1]),
+        (3, [-1, -1, 0, 1]),
+        (1, [-1, -1]),
+    ],
+)
+def test_layer_wise_thirds_of_any_depth(num_layers: int, expected: list[int]) -> None:
+    """Depth 0 (the embeddings) learns with the lowest third; a single block is its own lowest third."""
+    found = [layer_wise(depth, num_layers, factor=2.6) for depth in range(num_layers + 1)]
+    assert found == pytest.approx([2.6**power for power in expected])
+    assert found == sorted(found)
+
+
+def test_layer_wise_groups(tiny_model_folder: Callable[..., Path]) -> None:
+    model = made(tiny_model_folder("roberta"))
+    rates = {group.name: group.lr for group in groups_of(model, lr=1.0, layout="layer_wise", factor=2.0)}
+    assert (rates["embeddings"], rates["block 1"], rates["block 2"], rates["block 3"]) == (0.5, 0.5, 1.0, 2.0)
 
 
 def test_unified_has_one_backbone_rate_and_head_lr_falls_back(tiny_model_folder: Callable[..., Path]) -> None:

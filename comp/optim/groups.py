@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,21 @@ def unified(depth: int, num_layers: int) -> float:
     return 1.0
 
 
+def module_wise(depth: int, num_layers: int, *, embeddings_factor: float = 0.5) -> float:
+    """Return 1 for the blocks, `embeddings_factor` for the embeddings (depth 0)."""
+    return embeddings_factor if depth == 0 else 1.0
+
+
+def layer_wise(depth: int, num_layers: int, *, factor: float = 2.6) -> float:
+    """Return 1 / factor, 1 or factor for the lowest, middle and highest third of the blocks; embeddings 1 / factor.
+
+    The published code names blocks 0-3, 4-7 and 8-11, so that deeper models fall out of the groups and the embeddings
+    learn faster than the lowest blocks; here the thirds are of the model's own depth.
+    """
+    third = 0 if depth == 0 else (depth - 1) * 3 // num_layers
+    return float(factor ** (third - 1))
+
+
 def llrd(depth: int, num_layers: int, *, decay: float) -> float:
     """Return decay^(L + 1 - depth): the top block gets decay, the embeddings (depth 0) decay^(L + 1)."""
     return decay ** (num_layers + 1 - depth)
@@ -45,6 +61,8 @@ def llrd(depth: int, num_layers: int, *, decay: float) -> float:
 
 LAYOUTS: dict[str, Row] = {
     "unified": Row(unified, "one learning rate for the backbone, one for the head", "common practice"),
+    "module_wise": Row(module_wise, "embeddings, blocks and head each at their own rate", "rhtsingh, Kaggle 2021"),
+    "layer_wise": Row(layer_wise, "thirds of the blocks at lr / 2.6, lr and lr x 2.6", "rhtsingh, Kaggle 2021"),
     "llrd": Row(llrd, "layer-wise learning rate decay from the top block down", "Zhang et al. 2020, arXiv:2006.05987"),
 }
 
@@ -58,7 +76,7 @@ def build_groups(
     head_lr: float | None = None,
     weight_decay: float = 0.01,
     layout: str = "unified",
-    **options: float,
+    **options: Any,
 ) -> list[ParameterGroup]:
     """Put every trainable parameter into one group per (depth, decay).
 
