@@ -110,6 +110,7 @@ def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, win
         loss=lambda outputs, batch, items: loss(outputs["main"], batch.targets["main"])[0] / items["main"],
         evaluate=lambda: 0.0,
         others=dict,
+        showing=nullcontext,
         keep_best=lambda: None,
         is_better=partial(is_better, "rmse"),
         cadence=Never(),

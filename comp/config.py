@@ -13,19 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from comp.catalog import nearest
-from comp.config_variants import (
-    Adversarial,
-    Averaging,
-    DensePooler,
-    Groups,
-    LinearSchedule,
-    Loss,
-    MeanPooler,
-    Pooler,
-    Schedule,
-    Section,
-    UnifiedLayout,
-)
+from comp.config_optimizers import AdamW, Optimizer
+from comp.config_poolers import DensePooler, MeanPooler, Pooler
+from comp.config_section import Section
+from comp.config_variants import Adversarial, Averaging, Groups, LinearSchedule, Loss, Schedule, UnifiedLayout
 from comp.metrics import METRICS
 
 __all__ = [
@@ -255,32 +246,6 @@ class Model(Section):
 # --- optimisation ----------------------------------------------------------------------------------------------------
 
 
-class Optimizer(Section):
-    """The optimizer and its rates."""
-
-    name: Literal["adamw"] = "adamw"
-    """Optimizer (see `comp list optimizers`)."""
-    lr: float = Field(2e-5, gt=0)
-    """Peak learning rate of the backbone (of its top block under llrd)."""
-    head_lr: float | None = Field(1e-3, gt=0)
-    """Peak learning rate of pooler and heads; null = lr."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Decoupled weight decay; biases and norms are always exempt; 0 = off."""
-    clip_norm: float | None = Field(1.0, gt=0)
-    """Largest global gradient norm of an update; null = no clipping."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the first and second moment."""
-    eps: float = Field(1e-6, gt=0)
-    """Added to the root of the second moment."""
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError(f"betas must lie in [0, 1), got {list(value)}")
-        return value
-
-
 class Stability(Section):
     """Few-sample techniques. The keys are reserved: in this version of comp each can only be off."""
 
@@ -396,7 +361,8 @@ class Config(Section):
     """Metric of the first task (see `comp list metrics`)."""
     folds: Folds = Folds()
     model: Model
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = AdamW()
+    """The optimizer and its rates (see `comp list optimizers`)."""
     groups: Groups = UnifiedLayout()
     """Learning rates by depth (see `comp list layouts`)."""
     schedule: Schedule = LinearSchedule()
@@ -405,6 +371,11 @@ class Config(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _usual_optimizer(cls, value: Any) -> Any:
+        return {"name": "adamw", **value} if isinstance(value, dict) else value
 
     @field_validator("metric")
     @classmethod

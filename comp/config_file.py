@@ -130,6 +130,8 @@ def _chosen(models: list[type[BaseModel]], discriminator: str | None, data: Any)
     if discriminator is None:
         return models[0] if models else None
     tag = data.get(discriminator) if isinstance(data, dict) else None
+    if tag is None:  # an optimizer without a name is the first
+        return models[0] if models else None
     return next((model for model in models if tag in _tags(model, discriminator)), None)
 
 

@@ -80,7 +80,7 @@ def test_every_fault_in_one_message_with_place_source_and_nearest_name(tmp_path:
     child = write(tmp_path, "child.yaml", "extends: base.yaml\nmodel: {pooler: {name: maen}}\nfoldz: {}\n")
     text = faults_of(child, "training.epochs=zero", "metric=rsme", "stability.mixout=0.1")
     assert "6 faults" in text
-    assert f"optimizer.lrr ({tmp_path / 'base.yaml'}): unknown key; did you mean 'lr'? Allowed: name, lr" in text
+    assert f"optimizer.lrr ({tmp_path / 'base.yaml'}): unknown key; did you mean 'lr'? Allowed: lr, head_lr" in text
     assert f"model.pooler ({child}): unknown name 'maen'; did you mean 'mean'? Allowed: mean, max" in text
     assert f"foldz ({child}): unknown key; did you mean 'folds'?" in text
     assert "training.epochs (--set): input should be a valid integer" in text

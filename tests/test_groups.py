@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import TINY_MODELS
 from torch import nn
 
 from comp.model.backbone import load_tokenizer
 from comp.model.text_model import TextModel, build_model
-from comp.optim import OPTIMIZERS, build_optimizer
 from comp.optim.groups import LAYOUTS, build_groups, group_table, layer_wise
 
 LAYOUT_OPTIONS: dict[str, dict[str, float]] = {name: {} for name in LAYOUTS} | {"llrd": {"decay": 0.5}}
@@ -130,46 +128,3 @@ def test_nothing_to_train_is_refused(tiny_model_folder: Callable[..., Path]) -> 
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter is frozen"):
         groups_of(model, lr=1e-5)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_honour_the_rate_of_each_group(name: str, tiny_model_folder: Callable[..., Path]) -> None:
-    """A group with 100 times the rate moves 100 times as far on the first step (Adam is scale-invariant there)."""
-    model = made(tiny_model_folder("bert"))
-    groups = groups_of(model, lr=1e-6, head_lr=1e-4, weight_decay=0.0)
-    optimizer = build_optimizer(name, groups, betas=(0.9, 0.999), eps=1e-12)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 0.3)
-    optimizer.step()
-    moved = {n: (p.detach() - before[n]).abs().mean().item() for n, p in model.named_parameters()}
-    assert moved["heads.main.bias"] == pytest.approx(1e-4, rel=1e-3)
-    assert moved["backbone.model.encoder.layer.2.output.dense.bias"] == pytest.approx(1e-6, rel=0.05)
-    assert all("peak_lr" in group and "name" in group for group in optimizer.param_groups)
-
-
-def test_adamw_is_torchs() -> None:
-    """Ours against torch's reference loop, decay only where the group has it."""
-    from comp.optim.groups import ParameterGroup
-
-    torch.manual_seed(0)
-    start = [torch.randn(4, 3), torch.randn(3)]
-    mine = [nn.Parameter(t.clone()) for t in start]
-    theirs = [nn.Parameter(t.clone()) for t in start]
-    groups = [
-        ParameterGroup("a", 1e-2, 0.1, ["w"], [mine[0]]),
-        ParameterGroup("b", 1e-3, 0.0, ["b"], [mine[1]]),
-    ]
-    ours = build_optimizer("adamw", groups, betas=(0.8, 0.9), eps=1e-6)
-    reference = torch.optim.AdamW(
-        [{"params": [theirs[0]], "lr": 1e-2, "weight_decay": 0.1}, {"params": [theirs[1]], "lr": 1e-3, "weight_decay": 0.0}],
-        betas=(0.8, 0.9), eps=1e-6, foreach=False, fused=False,
-    )  # fmt: skip
-    for step in range(5):
-        for a, b in zip(mine, theirs, strict=True):
-            a.grad = torch.sin(a.detach() + step)
-            b.grad = torch.sin(b.detach() + step)
-        ours.step()
-        reference.step()
-    for a, b in zip(mine, theirs, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)

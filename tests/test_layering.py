@@ -25,6 +25,9 @@ HARD_CAP = 500
 LAYERS = {
     "catalog.py": 0,
     "config.py": 0,
+    "config_section.py": 0,
+    "config_poolers.py": 0,
+    "config_optimizers.py": 0,
     "config_variants.py": 0,
     "config_file.py": 0,
     "runs.py": 0,
@@ -51,6 +54,8 @@ LAYERS = {
     "model/heads.py": 1,
     "model/text_model.py": 2,
     "optim/schedules.py": 1,
+    "optim/bertadam.py": 1,
+    "optim/lookahead.py": 1,
     "optim/groups.py": 2,
     "optim/__init__.py": 2,
     "training/__init__.py": 3,

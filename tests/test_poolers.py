@@ -15,7 +15,7 @@ import torch
 from conftest import TINY_MODELS
 from pydantic import TypeAdapter
 
-from comp.config_variants import Pooler as PoolerConfig
+from comp.config_poolers import Pooler as PoolerConfig
 from comp.data.batches import collate
 from comp.data.tokens import encode
 from comp.model.backbone import load_tokenizer, save_recipe

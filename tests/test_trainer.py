@@ -80,6 +80,7 @@ def parts_of(
         "loss": losses.share,
         "evaluate": lambda: 0.0,
         "others": dict,
+        "showing": nullcontext,
         "keep_best": lambda: None,
         "is_better": partial(is_better, config.metric),
         "cadence": Never(),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from comp.config import Config, parse_every
@@ -23,7 +25,8 @@ from comp.model.backbone import load_tokenizer, save_recipe
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
 from comp.optim import build_optimizer
-from comp.optim.groups import build_groups, group_table
+from comp.optim.groups import ParameterGroup, build_groups, group_table
+from comp.optim.lookahead import Lookahead
 from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
 from comp.runs import RunFolder, claim, write_json, write_text
@@ -87,7 +90,8 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
     if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
-        _model(config, table, tokenizer)  # what does not fit is said now, before anything is written
+        # What does not fit is said now, before anything is written.
+        _optimizer(config, _groups(config, _model(config, table, tokenizer)))
         release_memory()
     encoded = encode(tokenizer, table.texts, **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
@@ -130,22 +134,13 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     model.to(runtime.device)
     save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
-    groups = build_groups(
-        model,
-        depth_of=model.depth_of,
-        num_layers=model.backbone.num_layers,
-        lr=config.optimizer.lr,
-        head_lr=config.optimizer.head_lr,
-        weight_decay=config.optimizer.weight_decay,
-        **config.groups.model_dump(),
-    )
+    groups = _groups(config, model)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     table_text = group_table(groups, frozen)
     if not plan.folder.finished_folds():
         plan.say(table_text)
     write_text(folder.groups, table_text + "\n")
-    own = config.optimizer.model_dump(exclude={"name", "lr", "head_lr", "weight_decay", "clip_norm"})
-    optimizer = build_optimizer(config.optimizer.name, groups, **own)
+    optimizer = _optimizer(config, groups)
 
     steps_per_epoch = -(-len(training) // config.training.batch_size)
     num_steps = steps_per_epoch * config.training.epochs
@@ -170,6 +165,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         metrics_path=folder.metrics,
         config_dict=config.model_dump(mode="json"),
     )
+    showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
     progress = open_progress(num_steps, f"fold {fold}")
     objective = Objective(config.tasks, table, training)
     parts = Parts(
@@ -186,6 +182,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         evaluate=held.evaluate,
         others=held.others,
         keep_best=held.keep_best,
+        showing=showing,
         is_better=partial(is_better, config.metric),
         cadence=_cadence(config, num_steps, steps_per_epoch) if fold != "full" else Never(),
         tracker=tracker,
@@ -198,7 +195,8 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
         state = fit(parts, TrainState())
-        save_weights(folder.last, model)
+        with showing():
+            save_weights(folder.last, model)
         if fold != "full":
             held.write(folder.oof, int(fold))
         summary = _summary(state, time.perf_counter() - started)
@@ -262,6 +260,23 @@ def _model(config: Config, table: Table, tokenizer: Any) -> TextModel:
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
     )
+
+
+def _groups(config: Config, model: TextModel) -> list[ParameterGroup]:
+    return build_groups(
+        model,
+        depth_of=model.depth_of,
+        num_layers=model.backbone.num_layers,
+        lr=config.optimizer.lr,
+        head_lr=config.optimizer.head_lr,
+        weight_decay=config.optimizer.weight_decay,
+        **config.groups.model_dump(),
+    )
+
+
+def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    own = config.optimizer.model_dump(exclude={"lr", "head_lr", "weight_decay", "clip_norm"})
+    return build_optimizer(groups=groups, **own)
 
 
 def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:

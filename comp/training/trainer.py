@@ -87,6 +87,8 @@ class Parts:
     """More scores of the same predictions, to be logged only."""
     keep_best: Callable[[], None]
     """Keep the present weights, and the predictions just made, as the best."""
+    showing: Callable[[], AbstractContextManager[Any]]
+    """Puts the weights that stand for the model into it: Lookahead's slow ones; nothing for most optimizers."""
     is_better: Callable[[float, float | None], bool]
     cadence: WhenToEvaluate
     tracker: Tracker
@@ -160,6 +162,19 @@ def _clip(parts: Parts) -> torch.Tensor:
 
 def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
     started = time.perf_counter()
+    with parts.showing():
+        _score(parts, state, pulse)
+    seconds = time.perf_counter() - started
+    state.eval_seconds += seconds
+    pulse.pause(seconds)
+    pulse.show()
+    scores = {"valid/score": state.last_score, "valid/best": state.best_score, **parts.others()}
+    parts.tracker.log(scores, state.step)
+    mark = " *" if state.best_step == state.step else ""
+    parts.progress.say(f"  step {state.step:>6}  score {state.last_score:.5f}  best {state.best_score:.5f}{mark}")
+
+
+def _score(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
     score = parts.evaluate()
     if not math.isfinite(score):
         raise NonFiniteError(_advice(state.step, "the held-out predictions are not finite", pulse.lr))
@@ -170,13 +185,6 @@ def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
         parts.keep_best()
     else:
         state.evaluations_since_best += 1
-    seconds = time.perf_counter() - started
-    state.eval_seconds += seconds
-    pulse.pause(seconds)
-    pulse.show()
-    parts.tracker.log({"valid/score": score, "valid/best": state.best_score, **parts.others()}, state.step)
-    mark = " *" if state.best_step == state.step else ""
-    parts.progress.say(f"  step {state.step:>6}  score {score:.5f}  best {state.best_score:.5f}{mark}")
 
 
 class _Pulse:
