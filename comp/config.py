@@ -230,12 +230,20 @@ class Model(Section):
     """Dropout on the pooled vector; 0 = off."""
     multi_sample_dropout: NotYet = 0
     """Masks of multi-sample dropout; 0 = off."""
-    freeze_embeddings: bool = False
-    """Keep the whole embeddings module (words, positions, types, norm) fixed."""
+    freeze_embeddings: bool | Literal["words"] = False
+    """Keep the embeddings fixed: true = the whole module (words, positions, types, norm), words = the word table."""
     freeze_layers: int = Field(0, ge=0)
     """Keep the lowest n blocks fixed; 0 = off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30% slower, much less memory."""
+
+    @property
+    def innermost_pooler(self) -> Pooler:
+        """The pooler under any dense layers."""
+        pooler = self.pooler
+        while isinstance(pooler, DensePooler):
+            pooler = pooler.of
+        return pooler
 
     @property
     def cutting(self) -> dict[str, Any]:
@@ -247,16 +255,18 @@ class Model(Section):
 
 
 class Stability(Section):
-    """Few-sample techniques. The keys are reserved: in this version of comp each can only be off."""
+    """Few-sample techniques, all off unless set. Keys of type NotYet are reserved: they can only be off."""
 
-    reinit_layers: NotYet = 0
+    reinit_layers: int = Field(0, ge=0)
     """Top blocks to re-initialise; 0 = off."""
-    reinit_pooler: NotYet = False
-    """Re-initialise the pooler; false = off."""
-    mixout: NotYet = 0.0
-    """Mixout probability; 0 = off."""
-    prior_decay: NotYet = 0.0
-    """Decay towards the pretrained weights; 0 = off."""
+    reinit_pooler: bool = False
+    """Re-initialise the checkpoint's own pooler (pooler `pooler_output`); false = off."""
+    mixout: float = Field(0.0, ge=0, le=1)
+    """Probability of mixing a column of a backbone's linear layer with its pretrained value; needs model.dropout 0;
+    0 = off."""
+    prior_decay: float = Field(0.0, ge=0)
+    """Weight decay of the backbone towards its pretrained weights, in place of optimizer.weight_decay; felt from about
+    1; 0 = off."""
     averaging: Averaging = Averaging()
     adversarial: Adversarial = Adversarial()
     rdrop: NotYet = 0.0
@@ -408,11 +418,32 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _stability_fits_the_rest(self) -> Config:
+        stability, optimizer = self.stability, self.optimizer
+        if stability.mixout and self.model.dropout != 0:
+            raise ValueError(
+                f"stability.mixout takes the place of dropout, but model.dropout is {self.model.dropout}; set it to 0"
+            )
+        if stability.mixout and stability.prior_decay:
+            raise ValueError(
+                "stability.mixout and stability.prior_decay both pull to the pretrained weights; set one to 0"
+            )
+        if stability.prior_decay and optimizer.name == "madgrad" and optimizer.momentum:
+            raise ValueError(
+                "madgrad with momentum starts every step from the weights it began with, so it forgets what "
+                "stability.prior_decay does; set optimizer.momentum to 0, or the decay"
+            )
+        if stability.reinit_pooler and self.model.innermost_pooler.name != "pooler_output":
+            raise ValueError(
+                f"stability.reinit_pooler is for the checkpoint's own pooler, but model.pooler is "
+                f"'{self.model.pooler.name}'; set it to false, or the pooler to pooler_output"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pooler_fits_texts(self) -> Config:
-        pooler, count = self.model.pooler, len(self.competition.text_columns)
-        while isinstance(pooler, DensePooler):
-            pooler = pooler.of
-        if pooler.name == "two_tower" and count < 2:
+        count = len(self.competition.text_columns)
+        if self.model.innermost_pooler.name == "two_tower" and count < 2:
             raise ValueError(
                 f"pooler 'two_tower' needs two text columns or more; competition.text has {count}: "
                 f"{', '.join(self.competition.text_columns)}; name another one, or use pooler 'dense'"

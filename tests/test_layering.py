@@ -58,6 +58,10 @@ LAYERS = {
     "optim/lookahead.py": 1,
     "optim/groups.py": 2,
     "optim/__init__.py": 2,
+    "stability/__init__.py": 2,
+    "stability/reinit.py": 2,
+    "stability/mixout.py": 2,
+    "stability/prior_decay.py": 2,
     "training/__init__.py": 3,
     "training/predict.py": 3,
     "training/checkpoint.py": 3,
@@ -75,7 +79,7 @@ LAYERS = {
     "__main__.py": 7,
     "cli.py": 7,
 }
-EMPTY = ("data/__init__.py", "model/__init__.py", "training/__init__.py", "ship/__init__.py")
+EMPTY = ("data/__init__.py", "model/__init__.py", "stability/__init__.py", "training/__init__.py", "ship/__init__.py")
 """Package files that import nothing, so that `import comp.data.tables` costs what tables.py costs."""
 
 FORBIDDEN = {

@@ -266,6 +266,17 @@ def test_the_slow_weights_are_evaluated_and_kept(
         assert np.abs(found - rows[column].to_numpy()).max() < 1e-6, "scored and saved weights differ"
 
 
+def test_slow_weights_that_would_never_move_are_refused(
+    isolated: Path, tiny_competition: Callable[..., TinyCompetition], tiny_model_folder: Callable[..., Path]
+) -> None:
+    data = tiny_competition().config(tiny_model_folder("bert"), optimizer={"name": "adamw", "lookahead": {"steps": 5}})
+    (isolated / "tiny.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(
+        ValueError, match="fold 0 trains for 4 steps, but lookahead moves its slow weights.*every 5 steps"
+    ):
+        crossval.run(config_file.load("tiny.yaml"), "tiny", "0", say=lambda line: None)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -108,6 +108,11 @@ class Backbone(nn.Module):
             return self.num_layers + 1
         return self.num_layers if name.split(".")[0] in AFTER_BLOCKS else 0
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, bottom to top; of BART's decoder those of the encoder first."""
+        return [block for prefix in self._block_prefixes for block in self.model.get_submodule(prefix)]
+
     def embeddings(self) -> list[nn.Module]:
         """Return the modules that make the embeddings: words, positions, types and their norm."""
         found = getattr(self.model, "embeddings", None)
@@ -115,13 +120,15 @@ class Backbone(nn.Module):
             return [found]
         return [module for name, module in self.model.named_modules() if name.split(".")[-1] in EMBEDDINGS]
 
-    def freeze(self, *, embeddings: bool, num_layers: int) -> None:
-        """Stop gradients for the embeddings module and for the lowest `num_layers` blocks."""
+    def freeze(self, *, embeddings: bool | str, num_layers: int) -> None:
+        """Stop gradients for the embeddings ("words" = the word table alone) and for the lowest `num_layers` blocks."""
         if num_layers and self.shares_blocks:
             raise ValueError("freeze_layers: this model's blocks share one set of weights (ALBERT); set it to 0")
         if num_layers > self.num_layers:
             raise ValueError(f"freeze_layers is {num_layers}, but the backbone has {self.num_layers} blocks")
-        if embeddings:
+        if embeddings == "words":
+            self.model.get_input_embeddings().requires_grad_(False)
+        elif embeddings:
             for module in self.embeddings():
                 module.requires_grad_(False)
         for name, parameter in self.named_parameters():

@@ -79,7 +79,7 @@ def build_model(
     part: str = "encoder",
     dropout: float | None = 0.0,
     head_dropout: float = 0.0,
-    freeze_embeddings: bool = False,
+    freeze_embeddings: bool | str = False,
     freeze_layers: int = 0,
     gradient_checkpointing: bool = False,
 ) -> TextModel:

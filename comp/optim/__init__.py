@@ -113,6 +113,7 @@ def build_optimizer(
             "weight_decay": group.weight_decay,
             "name": group.name,
             "peak_lr": group.lr,
+            **({"prior_decay": group.prior_decay} if group.prior_decay else {}),
         }
         for group in groups
     ]

@@ -7,7 +7,7 @@ of DistilBERT, XLNet and ModernBERT.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ class ParameterGroup:
     weight_decay: float
     names: list[str]
     params: list[nn.Parameter]
+    prior_decay: float = 0.0
+    """Decay towards the pretrained weights."""
 
     @property
     def num_parameters(self) -> int:
@@ -75,6 +77,8 @@ def build_groups(
     lr: float,
     head_lr: float | None = None,
     weight_decay: float = 0.01,
+    prior_decay: float = 0.0,
+    fresh: Collection[nn.Parameter] = (),
     layout: str = "unified",
     **options: Any,
 ) -> list[ParameterGroup]:
@@ -82,20 +86,25 @@ def build_groups(
 
     `depth_of` tells a parameter's depth by its name: 0 = embeddings, 1..`num_layers` = block, above = pooler and heads.
     `lr` is the backbone's peak rate, `head_lr` that of pooler and heads (None = `lr`); `options` go to the layout.
+    `prior_decay` takes the place of `weight_decay` where there is a pretrained value: in the backbone but for `fresh`
+    parameters.
     """
     share: Callable[..., float] = pick(LAYOUTS, layout, "layout").make
     exempt = _no_decay(model)
-    found: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
+    without_prior = {id(parameter) for parameter in fresh}
+    found: dict[tuple[int, bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():  # shared parameters come once
         if parameter.requires_grad:
             depth = depth_of(name)
             # Under `unified` all depths of the backbone share one group: fewer kernels per step.
             depth = num_layers if layout == "unified" and depth <= num_layers else depth
-            found.setdefault((depth, name in exempt), []).append((name, parameter))
+            plain = name in exempt
+            pulled = bool(prior_decay) and not plain and depth <= num_layers and id(parameter) not in without_prior
+            found.setdefault((depth, plain, pulled), []).append((name, parameter))
     if not found:
         raise ValueError("every parameter is frozen: nothing to train")
     groups = []
-    for (depth, plain), members in sorted(found.items(), key=lambda item: (-item[0][0], item[0][1])):
+    for (depth, plain, pulled), members in sorted(found.items(), key=lambda item: (-item[0][0], *item[0][1:])):
         is_head = depth == num_layers + 1
         rate = (lr if head_lr is None else head_lr) if is_head else lr * share(depth, num_layers, **options)
         place = (
@@ -103,9 +112,10 @@ def build_groups(
         )
         groups.append(
             ParameterGroup(
-                name=f"{place}, no decay" if plain else place,
+                name=f"{place}, no decay" if plain else f"{place}, prior" if pulled else place,
                 lr=rate,
-                weight_decay=0.0 if plain else weight_decay,
+                weight_decay=0.0 if plain or pulled else weight_decay,
+                prior_decay=prior_decay if pulled else 0.0,
                 names=[name for name, _ in members],
                 params=[parameter for _, parameter in members],
             )
@@ -133,10 +143,9 @@ def _no_decay(model: nn.Module) -> set[str]:
 def group_table(groups: list[ParameterGroup], num_frozen: int = 0) -> str:
     """Return the groups as text: name, peak learning rate, weight decay, tensors, parameters."""
     lines = [f"{'group':<24}{'lr':>10}{'decay':>8}{'tensors':>9}{'parameters':>13}"]
-    lines += [
-        f"{group.name:<24}{group.lr:>10.2e}{group.weight_decay:>8g}{len(group.params):>9}{group.num_parameters:>13,}"
-        for group in groups
-    ]
+    for group in groups:
+        decay = group.prior_decay or group.weight_decay  # the name says which
+        lines.append(f"{group.name:<24}{group.lr:>10.2e}{decay:>8g}{len(group.params):>9}{group.num_parameters:>13,}")
     if num_frozen:
         lines.append(f"{'frozen':<24}{'-':>10}{'-':>8}{'-':>9}{num_frozen:>13,}")
     return "\n".join(lines)

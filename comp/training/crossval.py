@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from comp.config import Config, parse_every
 from comp.data.batches import Labels, collate, training_windows
@@ -24,6 +25,7 @@ from comp.metrics import is_better
 from comp.model.backbone import load_tokenizer, save_recipe
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
+from comp.model.token_pooling import PoolerOutput
 from comp.optim import build_optimizer
 from comp.optim.groups import ParameterGroup, build_groups, group_table
 from comp.optim.lookahead import Lookahead
@@ -31,6 +33,9 @@ from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
 from comp.runs import RunFolder, claim, write_json, write_text
 from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
+from comp.stability.mixout import mix_
+from comp.stability.prior_decay import PriorDecay
+from comp.stability.reinit import reinit_blocks_, reinit_linear_
 from comp.tracking import open_tracker
 from comp.training import oof
 from comp.training.cadence import Cadence, Never
@@ -91,7 +96,7 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
     tokenizer = load_tokenizer(config.model.backbone)
     if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
         # What does not fit is said now, before anything is written.
-        _optimizer(config, _groups(config, _model(config, table, tokenizer)))
+        _optimizer(config, _groups(config, *_model(config, table, tokenizer)))
         release_memory()
     encoded = encode(tokenizer, table.texts, **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
@@ -129,21 +134,27 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
 
     seed_everything(config.training.seed)
-    model = _model(config, table, plan.tokenizer)
+    model, fresh = _model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     model.to(runtime.device)
     save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
-    groups = _groups(config, model)
+    groups = _groups(config, model, fresh)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     table_text = group_table(groups, frozen)
     if not plan.folder.finished_folds():
         plan.say(table_text)
     write_text(folder.groups, table_text + "\n")
     optimizer = _optimizer(config, groups)
+    PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
 
     steps_per_epoch = -(-len(training) // config.training.batch_size)
     num_steps = steps_per_epoch * config.training.epochs
+    if isinstance(optimizer, Lookahead) and optimizer.steps > num_steps:
+        raise ValueError(
+            f"fold {fold} trains for {num_steps} steps, but lookahead moves its slow weights, the ones that are kept, "
+            f"every {optimizer.steps} steps only: they would stay as they are; lower its steps"
+        )
     schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     labels = Labels(table.targets, table.weights, table.errors)
     held = HeldOut(
@@ -243,9 +254,10 @@ def _rows(plan: Plan, fold: Fold) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return training, held_out
 
 
-def _model(config: Config, table: Table, tokenizer: Any) -> TextModel:
-    model = config.model
-    return build_model(
+def _model(config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, list[nn.Parameter]]:
+    """Return the model with re-initialisation and mixout in it, and the re-initialised parameters."""
+    model, stability = config.model, config.stability
+    built = build_model(
         model.backbone,
         tokenizer,
         pretrained=True,
@@ -260,9 +272,20 @@ def _model(config: Config, table: Table, tokenizer: Any) -> TextModel:
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
     )
+    fresh = reinit_blocks_(built.backbone, stability.reinit_layers)
+    if stability.reinit_pooler:
+        std = float(getattr(built.backbone.config, "initializer_range", 0.02))
+        fresh += [
+            p
+            for module in built.modules()
+            if isinstance(module, PoolerOutput)
+            for p in reinit_linear_(module.dense, std)
+        ]
+    mix_(built.backbone, stability.mixout, fresh=fresh)  # after: what is random must not be mixed towards
+    return built, fresh
 
 
-def _groups(config: Config, model: TextModel) -> list[ParameterGroup]:
+def _groups(config: Config, model: TextModel, fresh: list[nn.Parameter]) -> list[ParameterGroup]:
     return build_groups(
         model,
         depth_of=model.depth_of,
@@ -270,6 +293,8 @@ def _groups(config: Config, model: TextModel) -> list[ParameterGroup]:
         lr=config.optimizer.lr,
         head_lr=config.optimizer.head_lr,
         weight_decay=config.optimizer.weight_decay,
+        prior_decay=config.stability.prior_decay,
+        fresh=fresh,
         **config.groups.model_dump(),
     )
 
