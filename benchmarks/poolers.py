@@ -1,9 +1,9 @@
 """What each pooler costs: time of a training step and of inference, relative to `mean`, on MiniLM.
 
 Run `python benchmarks/poolers.py` on a quiet machine. Each round times `mean` and the pooler one after the other on the
-same batch; the table shows the median ratio over rounds and its range. Training: forward and backward of 16 texts of
-128 tokens. Inference: 64 texts of 128 tokens. Both in comp's own precision for this
-machine. Writes benchmarks/results/poolers_cost.md. Goal: sbert_wk at most 1.5 times `mean` at inference.
+same batch, in turns which goes first; the table shows the median ratio over rounds and its range. Training: forward and
+backward of 16 texts of 128 tokens. Inference: 64 texts of 128 tokens. Both in comp's own precision for this machine.
+Writes benchmarks/results/poolers_cost.md. Goal: sbert_wk at most 1.5 times `mean` at inference.
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ def batch_of(tokenizer: Any, rows: int, runtime: Runtime) -> Batch:
 
 
 def model_of(name: str, tokenizer: Any, runtime: Runtime) -> TextModel:
+    """Return MiniLM with the pooler of that name, for texts of two columns."""
     return build_model(
         BACKBONE, tokenizer, pretrained=True, pooler=options(name), heads={"main": 1}, max_length=TOKENS, num_fields=2
     ).to(runtime.device)
 
 
 def options(name: str) -> dict[str, Any]:
+    """Return the pooler's section: its defaults, and for `dense` the pooler before it that is cheapest."""
     return {"name": name, **({"of": {"name": "mean"}} if name == "dense" else {})}
 
 
 def train_step(model: TextModel, batch: Batch, runtime: Runtime) -> None:
+    """Forward and backward, without an optimizer's step."""
     with runtime.autocast():
         output = model.train()(batch)["main"]
     output.square().mean().backward()
@@ -63,11 +66,13 @@ def train_step(model: TextModel, batch: Batch, runtime: Runtime) -> None:
 
 
 def infer_step(model: TextModel, batch: Batch, runtime: Runtime) -> None:
+    """Forward alone."""
     with torch.inference_mode(), runtime.autocast():
         model.eval()(batch)
 
 
 def seconds(step: Callable[..., None], *arguments: Any) -> float:
+    """Return how long `step(*arguments)` takes, a GPU's work included."""
     started = time.perf_counter()
     step(*arguments)
     if torch.cuda.is_available():
@@ -78,11 +83,13 @@ def seconds(step: Callable[..., None], *arguments: Any) -> float:
 def ratios(
     step: Callable[..., None], model: TextModel, mean: TextModel, batch: Batch, runtime: Runtime, rounds: int
 ) -> list[float]:
-    """Return one ratio per round, after one round that does not count."""
+    """Return pooler / mean, one ratio per round, after one round that does not count."""
     found = []
-    for _ in range(rounds + 1):
-        base = seconds(step, mean, batch, runtime)
-        found.append(seconds(step, model, batch, runtime) / base)
+    for number in range(rounds + 1):
+        # The first of a pair changes, so that a drift of the machine's speed favours neither.
+        order = (model, mean) if number % 2 else (mean, model)
+        took = {id(one): seconds(step, one, batch, runtime) for one in order}
+        found.append(took[id(model)] / took[id(mean)])
     return found[1:]
 
 
@@ -99,9 +106,9 @@ def main() -> None:
         "# What poolers cost",
         "",
         f"`python benchmarks/poolers.py` on {runtime.describe()}: MiniLM, ratio of the pooler's time to that of `mean`",
-        f"in the same round, median of {chosen.rounds} rounds (lowest to highest). Training: forward and backward of",
-        f"{TRAINING_ROWS} texts of {TOKENS} tokens; inference: {INFERENCE_ROWS} texts. Goal: sbert_wk at most {GOAL}",
-        "at inference. `mean` against itself shows the noise.",
+        f"in the same round (in turns which is first), median of {chosen.rounds} rounds (lowest to highest). Training:",
+        f"forward and backward of {TRAINING_ROWS} texts of {TOKENS} tokens; inference: {INFERENCE_ROWS} texts. Goal:",
+        f"sbert_wk at most {GOAL} at inference. `mean` against itself shows the noise.",
         "",
         "| pooler | training step | inference |",
         "|---|---|---|",

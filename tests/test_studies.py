@@ -1,10 +1,10 @@
-"""The arithmetic of benchmarks/studies: pooled scores, paired gains, the table and the picture."""
+"""The arithmetic of benchmarks/: pooled scores, paired gains, the table and the picture; ratios of times."""
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,19 @@ def test_the_latest_row_wins(studies: Any, tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 2
 
 
-def test_table_and_picture(studies: Any, study: Any, tmp_path: Path) -> None:
+def test_the_table_has_a_line_per_variant(studies: Any, study: Any) -> None:
     text = studies.table(study, ROWS)
     assert text.count("\n| ") == 4
     assert "| better | 3 | 0.4764 |" in text
-    studies.picture(study, ROWS, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "rows", [ROWS, ROWS[:1], [row for row in ROWS if row["seed"] == 1]], ids=["all", "one", "seed 1"]
+)
+def test_the_picture_is_written(rows: list[dict[str, Any]], studies: Any, study: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `dev`, is not installed")
+    studies.picture(study, rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("name", ["poolers", "multitask"])
@@ -93,3 +100,17 @@ def test_every_variant_is_a_valid_config(studies: Any) -> None:
     for name in ("poolers", "multitask"):
         for overrides in import_module(name).STUDY.variants.values():
             config_file.load(base, [*studies.SETTINGS, *overrides])
+
+
+def test_the_cost_of_a_pooler_is_its_time_over_that_of_mean_whichever_goes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = util.spec_from_file_location("poolers_cost", FOLDER.parent / "poolers.py")
+    assert spec is not None and spec.loader is not None
+    cost = util.module_from_spec(spec)
+    spec.loader.exec_module(cost)
+    order: list[Any] = []
+    monkeypatch.setattr(cost, "seconds", lambda step, model, *_: order.append(model) or {"mean": 2.0, "it": 3.0}[model])
+    assert cost.ratios(None, "it", "mean", None, None, rounds=3) == [1.5, 1.5, 1.5]
+    assert order == ["mean", "it", "it", "mean", "mean", "it", "it", "mean"]
+    assert cost.ratios(None, "mean", "mean", None, None, rounds=2) == [1.0, 1.0]

@@ -253,7 +253,10 @@ def table(study: Study, rows: list[Row]) -> str:
 
 
 def picture(study: Study, rows: list[Row], file: Path) -> None:
-    """Draw one line of dots per variant: the difference from the baseline on the same seed and fold."""
+    """Draw one line per variant: each fold's difference from the baseline on the same seed and fold, and their mean.
+
+    The dots of the first seed stand above the line, those of the second below, so that neither hides the bar.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,26 +264,32 @@ def picture(study: Study, rows: list[Row], file: Path) -> None:
 
     lines = summary(study, rows)
     base = {(row["seed"], row["fold"]): rmse([row], "best") for row in rows if row["variant"] == study.baseline}
-    figure, axes = plt.subplots(figsize=(8, 0.32 * len(lines) + 1.6), layout="constrained")
-    colours = dict(zip(SEEDS, ("tab:blue", "tab:orange"), strict=True))
-    for place, line in enumerate(lines):
-        for row in rows:
-            key = row["seed"], row["fold"]
-            if row["variant"] == line["variant"] and key in base:
-                axes.plot(rmse([row], "best") - base[key], place, "o", ms=4, alpha=0.6, color=colours[row["seed"]])
-        if line["error_best"] is not None:
-            error = 2 * line["error_best"]
-            axes.errorbar(-line["gain_best"], place, xerr=error, fmt="|", color="black", ms=10, capsize=3, elinewidth=1)
+    figure, axes = plt.subplots(figsize=(8, 0.36 * len(lines) + 1.8), layout="constrained")
+    places = {line["variant"]: place for place, line in enumerate(lines)}
+    for place in range(0, len(lines), 2):  # bands lead the eye from a name to its dots
+        axes.axhspan(place - 0.5, place + 0.5, color="black", alpha=0.04, lw=0)
     axes.axvline(0, color="grey", lw=1)
+    for seed, colour, shift in zip(SEEDS, ("tab:blue", "tab:orange"), (-0.22, 0.22), strict=True):
+        own = [row for row in rows if row["seed"] == seed and (seed, row["fold"]) in base]
+        if own:
+            across = [rmse([row], "best") - base[seed, row["fold"]] for row in own]
+            down = [places[row["variant"]] + shift for row in own]
+            axes.plot(across, down, "o", ms=4.5, mew=0, alpha=0.7, color=colour, label=f"a fold, seed {seed}")
+    bars = [line for line in lines if line["error_best"] is not None]
+    if bars:
+        axes.errorbar(
+            [-line["gain_best"] for line in bars],
+            [places[line["variant"]] for line in bars],
+            xerr=[2 * line["error_best"] for line in bars],
+            fmt="|", color="black", ms=9, capsize=2.5, elinewidth=1, label="mean ± 2 standard errors",
+        )  # fmt: skip
     axes.set_yticks(range(len(lines)), [f"{line['variant']}  {line['best']:.3f}" for line in lines])
-    axes.invert_yaxis()
+    axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xlabel(f"RMSE minus that of {study.baseline} on the same seed and fold (left is better)")
-    axes.set_title(f"{study.title}: each dot a fold, bars two standard errors", fontsize=10)
-    for seed, colour in colours.items():
-        axes.plot([], [], "o", ms=4, color=colour, label=f"seed {seed}")
-    axes.legend(loc="upper right", fontsize=8)
+    axes.set_title(f"{study.title}: RMSE of the best checkpoints, beside each name", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)  # outside: it can hide no dot
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, bbox_inches="tight")
     plt.close(figure)
 
 
