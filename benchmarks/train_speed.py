@@ -32,6 +32,7 @@ from comp.optim.schedules import linear
 from comp.progress import NullProgress
 from comp.runtime import Runtime, open_runtime
 from comp.ship.demo import find_reviews, read_reviews
+from comp.stability.adversarial import NoAdversary
 from comp.tracking import NullTracker
 from comp.training.cadence import Never
 from comp.training.trainer import Parts, TrainState, fit
@@ -108,6 +109,8 @@ def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, win
             "main": float(item_count(torch.from_numpy(work.labels.targets["main"][rows]), None, "regression"))
         },
         loss=lambda outputs, batch, items: loss(outputs["main"], batch.targets["main"])[0] / items["main"],
+        outputs=model,
+        adversary=NoAdversary(),
         evaluate=lambda: 0.0,
         others=dict,
         showing=nullcontext,
@@ -117,6 +120,7 @@ def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, win
         tracker=NullTracker(),
         progress=NullProgress(),
         epochs=1,
+        steps_per_epoch=len(windows),
         peak_lr=2e-5,
         clip_norm=1.0,
     )

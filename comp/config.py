@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from comp.catalog import nearest
 from comp.config_optimizers import AdamW, Optimizer
 from comp.config_poolers import DensePooler, MeanPooler, Pooler
 from comp.config_section import Section
-from comp.config_variants import Adversarial, Averaging, Groups, LinearSchedule, Loss, Schedule, UnifiedLayout
+from comp.config_variants import (
+    Adversarial,
+    Averaging,
+    Groups,
+    LinearSchedule,
+    Loss,
+    NoAdversarial,
+    Schedule,
+    UnifiedLayout,
+)
 from comp.metrics import METRICS
 
 __all__ = [
@@ -29,15 +38,6 @@ __all__ = [
 ]
 
 Kind = Literal["regression", "binary", "multiclass", "multilabel", "ordinal"]
-
-
-def _must_be_off(value: float) -> float:
-    if value:
-        raise ValueError("this technique is not in this version of comp; leave it at 0")
-    return value
-
-
-NotYet = Annotated[float, AfterValidator(_must_be_off)]
 
 
 class Competition(Section):
@@ -228,8 +228,8 @@ class Model(Section):
     """Every dropout of the backbone; null = the checkpoint's own."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the pooled vector; 0 = off."""
-    multi_sample_dropout: NotYet = 0
-    """Masks of multi-sample dropout; 0 = off."""
+    multi_sample_dropout: int = Field(0, ge=0)
+    """Masks of head_dropout per text, whose losses are averaged (arXiv:1905.09788); 0 = off."""
     freeze_embeddings: bool | Literal["words"] = False
     """Keep the embeddings fixed: true = the whole module (words, positions, types, norm), words = the word table."""
     freeze_layers: int = Field(0, ge=0)
@@ -255,7 +255,7 @@ class Model(Section):
 
 
 class Stability(Section):
-    """Few-sample techniques, all off unless set. Keys of type NotYet are reserved: they can only be off."""
+    """Few-sample techniques, all off unless set."""
 
     reinit_layers: int = Field(0, ge=0)
     """Top blocks to re-initialise; 0 = off."""
@@ -268,9 +268,10 @@ class Stability(Section):
     """Weight decay of the backbone towards its pretrained weights, in place of optimizer.weight_decay; felt from about
     1; 0 = off."""
     averaging: Averaging = Averaging()
-    adversarial: Adversarial = Adversarial()
-    rdrop: NotYet = 0.0
-    """Weight of the R-Drop term; 0 = off."""
+    adversarial: Adversarial = NoAdversarial()
+    """A second pass at worse weights: none | fgm | awp; about doubles the cost of a step."""
+    rdrop: float = Field(0.0, ge=0)
+    """Weight of the R-Drop term: two passes with different dropout must agree; 0 = off."""
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -437,6 +438,25 @@ class Config(Section):
             raise ValueError(
                 f"stability.reinit_pooler is for the checkpoint's own pooler, but model.pooler is "
                 f"'{self.model.pooler.name}'; set it to false, or the pooler to pooler_output"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_fits_the_rest(self) -> Config:
+        model, stability = self.model, self.stability
+        if model.multi_sample_dropout and not model.head_dropout:
+            raise ValueError(
+                "model.multi_sample_dropout draws masks of model.head_dropout, which is 0; set it to 0.1 or so"
+            )
+        if stability.rdrop and not (model.dropout != 0 or model.head_dropout or stability.mixout):
+            raise ValueError(
+                "stability.rdrop compares two passes with different noise, but there is none; set model.dropout (or "
+                "head_dropout, or stability.mixout) above 0"
+            )
+        if stability.adversarial.name == "fgm" and model.freeze_embeddings:
+            raise ValueError(
+                "stability.adversarial 'fgm' moves the word table, which model.freeze_embeddings keeps fixed; use awp, "
+                "or set freeze_embeddings to false"
             )
         return self
 

@@ -78,7 +78,7 @@ def test_missing_parent_and_missing_file(tmp_path: Path, isolated: Path) -> None
 def test_every_fault_in_one_message_with_place_source_and_nearest_name(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", MINIMAL + "optimizer: {lrr: 1e-5}\n")
     child = write(tmp_path, "child.yaml", "extends: base.yaml\nmodel: {pooler: {name: maen}}\nfoldz: {}\n")
-    text = faults_of(child, "training.epochs=zero", "metric=rsme", "stability.mixout=0.1")
+    text = faults_of(child, "training.epochs=zero", "metric=rsme", "stability.mixout=1.1")
     assert "6 faults" in text
     assert f"optimizer.lrr ({tmp_path / 'base.yaml'}): unknown key; did you mean 'lr'? Allowed: lr, head_lr" in text
     assert f"model.pooler ({child}): unknown name 'maen'; did you mean 'mean'? Allowed: mean, max" in text
@@ -86,7 +86,7 @@ def test_every_fault_in_one_message_with_place_source_and_nearest_name(tmp_path:
     assert "training.epochs (--set): input should be a valid integer" in text
     assert "got 'zero'" in text
     assert "metric (--set): unknown metric 'rsme'; did you mean 'rmse'?" in text
-    assert "stability.mixout (--set): this technique is not in this version of comp" in text
+    assert "stability.mixout (--set): input should be less than or equal to 1, got 1.1" in text
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ LAYERS = {
     "stability/reinit.py": 2,
     "stability/mixout.py": 2,
     "stability/prior_decay.py": 2,
+    "stability/adversarial.py": 2,
+    "stability/consistency.py": 2,
     "training/__init__.py": 3,
     "training/predict.py": 3,
     "training/checkpoint.py": 3,

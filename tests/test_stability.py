@@ -361,6 +361,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mixout": {"stability": {"mixout": 0.5}},
     "prior_decay": {"stability": {"prior_decay": 5.0}},
     "reinit and mixout": {"stability": {"reinit_layers": 1, "mixout": 0.5}},
+    "fgm": {"stability": {"adversarial": {"name": "fgm", "eps": 2.0}}},
+    "awp": {"stability": {"adversarial": {"name": "awp", "start_epoch": 0.5}}},
+    "rdrop": {"stability": {"rdrop": 1.0}, "model": {"dropout": 0.2}},
+    "multi_sample_dropout": {"stability": {}, "model": {"head_dropout": 0.4}, "on": {"multi_sample_dropout": 3}},
+    "all at once on psum": {
+        "stability": {
+            "rdrop": 1.0,
+            "mixout": 0.3,
+            "reinit_layers": 1,
+            "adversarial": {"name": "awp", "start_epoch": 0},
+        },
+        "pooler": {"name": "psum", "num_layers": 2},
+        "on": {"multi_sample_dropout": 2, "head_dropout": 0.2},
+    },
     "prior_decay and lookahead": {
         "stability": {"prior_decay": 5.0},
         "optimizer": {"name": "adamw", "lookahead": {"steps": 2}},
@@ -379,9 +393,11 @@ def test_a_run_with_it_differs_repeats_and_infers(
     data = competition.config(
         tiny_model_folder("bert"), optimizer=own.get("optimizer", {"name": "adamw"}) | {"lr": 1e-3}
     )
-    data["model"]["pooler"] = own.get("pooler", {"name": "mean"})
+    data["model"] |= {"pooler": own.get("pooler", {"name": "mean"}), **own.get("model", {})}
     (isolated / "off.yaml").write_text(yaml.safe_dump(data))
-    (isolated / "on.yaml").write_text(yaml.safe_dump(data | {"stability": own["stability"]}))
+    (isolated / "on.yaml").write_text(
+        yaml.safe_dump(data | {"stability": own["stability"], "model": data["model"] | own.get("on", {})})
+    )
     weights = {}
     for name, file in (("off", "off"), ("on", "on"), ("again", "on")):
         crossval.run(config_file.load(f"{file}.yaml"), name, "0", say=lambda line: None)
@@ -408,6 +424,12 @@ def test_a_run_with_it_differs_repeats_and_infers(
         (["stability.mixout=0.1", "stability.prior_decay=1"], "both pull to the pretrained weights"),
         (["stability.prior_decay=1", "optimizer.name=madgrad"], "forgets what stability.prior_decay does"),
         (["stability.reinit_pooler=true"], "is for the checkpoint's own pooler, but model.pooler is 'mean'"),
+        (["stability.rdrop=1"], "stability.rdrop compares two passes with different noise, but there is none"),
+        (["model.multi_sample_dropout=4"], "draws masks of model.head_dropout, which is 0; set it to 0.1 or so"),
+        (
+            ["stability.adversarial.name=fgm", "model.freeze_embeddings=words"],
+            "'fgm' moves the word table, which model.freeze_embeddings",
+        ),
         (["stability.mixout=1.5"], "less than or equal to 1"),
     ],
 )

@@ -24,6 +24,7 @@ from comp.model.backbone import load_tokenizer
 from comp.model.losses import num_outputs
 from comp.model.text_model import TextModel, build_model
 from comp.progress import NullProgress
+from comp.stability.adversarial import NoAdversary
 from comp.tracking import JsonlTracker, NullTracker
 from comp.training.cadence import Cadence, Never
 from comp.training.objective import Objective
@@ -77,6 +78,8 @@ def parts_of(
         "windows": partial(training_windows, rows, encoded.lengths, batch_size=13, micro_batch_size=micro, seed=0),
         "collate": lambda part: collate(encoded, part, labels),
         "count": losses.count,
+        "outputs": model,
+        "adversary": NoAdversary(),
         "loss": losses.share,
         "evaluate": lambda: 0.0,
         "others": dict,
@@ -87,6 +90,7 @@ def parts_of(
         "tracker": NullTracker(),
         "progress": NullProgress(),
         "epochs": 1,
+        "steps_per_epoch": 5,
         "peak_lr": 1e-3,
     }
     parts = Parts(**{**defaults, **own})

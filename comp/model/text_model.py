@@ -31,16 +31,24 @@ class TextModel(nn.Module):
 
     `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others. A
     pooler with branches gives (n, B, K) while training, one output per branch, whose losses are summed, and the mean
-    of the branches, (B, K), otherwise.
+    of the branches, (B, K), otherwise. Multi-sample dropout (`num_masks` above 1; Inoue 2019, arXiv:1905.09788) gives
+    (masks x n, B, K) while training: the mean of the losses is wanted, not the loss of the mean.
     """
 
     def __init__(
-        self, backbone: Backbone, pooler: Pooler, heads: Mapping[str, int | Head], *, head_dropout: float = 0.0
+        self,
+        backbone: Backbone,
+        pooler: Pooler,
+        heads: Mapping[str, int | Head],
+        *,
+        head_dropout: float = 0.0,
+        num_masks: int = 1,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooler = pooler
         self.head_dropout = nn.Dropout(head_dropout)
+        self.num_masks = num_masks
         std = float(getattr(backbone.config, "initializer_range", 0.02))
         self.heads = nn.ModuleDict({name: build_head(head, pooler.out_features, std) for name, head in heads.items()})
 
@@ -54,6 +62,9 @@ class TextModel(nn.Module):
         with torch.autocast(device, enabled=False):
             if batch.window_of is not None:
                 vector = mean_of_windows(vector, batch.window_of, len(batch.rows))
+            if self.training and self.num_masks > 1:
+                views = vector if vector.ndim == 3 else vector[None]
+                vector = views.repeat(self.num_masks, 1, 1)
             vector = self.head_dropout(vector)
             outputs = {name: head(vector) for name, head in self.heads.items()}
             if self.pooler.num_branches > 1 and not self.training:
@@ -79,6 +90,7 @@ def build_model(
     part: str = "encoder",
     dropout: float | None = 0.0,
     head_dropout: float = 0.0,
+    num_masks: int = 1,
     freeze_embeddings: bool | str = False,
     freeze_layers: int = 0,
     gradient_checkpointing: bool = False,
@@ -99,7 +111,8 @@ def build_model(
             f"model.max_length is {max_length}, but '{source}' has {backbone.max_positions} positions; set it to at "
             f"most {backbone.max_positions}"
         )
-    model = TextModel(backbone, build_pooler(pooler, backbone, num_fields=num_fields), heads, head_dropout=head_dropout)
+    built = build_pooler(pooler, backbone, num_fields=num_fields)
+    model = TextModel(backbone, built, heads, head_dropout=head_dropout, num_masks=num_masks)
     backbone.freeze(embeddings=freeze_embeddings, num_layers=freeze_layers)
     if gradient_checkpointing:
         backbone.checkpoint_gradients()

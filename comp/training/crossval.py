@@ -21,7 +21,7 @@ from comp.data.batches import Labels, collate, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
-from comp.metrics import is_better
+from comp.metrics import METRICS, is_better
 from comp.model.backbone import load_tokenizer, save_recipe
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
@@ -33,6 +33,8 @@ from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
 from comp.runs import RunFolder, claim, write_json, write_text
 from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
+from comp.stability.adversarial import AWP, FGM, NoAdversary
+from comp.stability.consistency import twice
 from comp.stability.mixout import mix_
 from comp.stability.prior_decay import PriorDecay
 from comp.stability.reinit import reinit_blocks_, reinit_linear_
@@ -178,7 +180,8 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     )
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
     progress = open_progress(num_steps, f"fold {fold}")
-    objective = Objective(config.tasks, table, training)
+    num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
+    objective = Objective(config.tasks, table, training, num_masks=num_masks, rdrop=rdrop)
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -189,6 +192,8 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         windows=partial(_windows, plan, training),
         collate=lambda rows: collate(plan.encoded, rows, labels),
         count=objective.count,
+        outputs=twice(model) if rdrop else model,
+        adversary=_adversary(config, model),
         loss=objective.share,
         evaluate=held.evaluate,
         others=held.others,
@@ -199,6 +204,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         tracker=tracker,
         progress=progress,
         epochs=config.training.epochs,
+        steps_per_epoch=steps_per_epoch,
         peak_lr=config.optimizer.lr,
         clip_norm=config.optimizer.clip_norm,
         patience=config.evaluation.patience,
@@ -268,6 +274,7 @@ def _model(config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, lis
         part=model.part,
         dropout=model.dropout,
         head_dropout=model.head_dropout,
+        num_masks=max(1, model.multi_sample_dropout),
         freeze_embeddings=model.freeze_embeddings,
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
@@ -302,6 +309,19 @@ def _groups(config: Config, model: TextModel, fresh: list[nn.Parameter]) -> list
 def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     own = config.optimizer.model_dump(exclude={"lr", "head_lr", "weight_decay", "clip_norm"})
     return build_optimizer(groups=groups, **own)
+
+
+def _adversary(config: Config, model: TextModel) -> NoAdversary:
+    """Build what stability.adversarial says; the moved parameters are trained ones."""
+    chosen = config.stability.adversarial
+    own = chosen.model_dump(exclude={"name"})
+    if chosen.name == "none":
+        return NoAdversary()
+    if chosen.name == "fgm":
+        return FGM(model.backbone.model.get_input_embeddings().weight, **own)
+    matrices = [p for block in model.backbone.blocks for p in block.parameters() if p.ndim > 1 and p.requires_grad]
+    higher = METRICS[config.metric].higher_is_better
+    return AWP(matrices, everything=list(model.parameters()), higher_is_better=higher, **own)
 
 
 def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:

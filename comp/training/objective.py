@@ -13,14 +13,30 @@ from comp.data.batches import Batch
 from comp.data.tables import Table
 from comp.model.heads import plan_heads
 from comp.model.losses import build_loss, item_count
+from comp.stability.consistency import disagreement
 
 __all__ = ["Objective"]
 
+ROWS = "rows*"  # no task can be called so
+
 
 class Objective:
-    """The losses of `tasks` on the rows of `table`; class weights are counted on `training` rows (N,) alone."""
+    """The losses of `tasks` on the rows of `table`; class weights are counted on `training` rows (N,) alone.
 
-    def __init__(self, tasks: Sequence[Task], table: Table, training: NDArray[np.int64]) -> None:
+    `num_masks`: of multi-sample dropout, whose losses are averaged. `rdrop`: weight of the disagreement of the two
+    passes that outputs then hold; 0 = one pass.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        table: Table,
+        training: NDArray[np.int64],
+        *,
+        num_masks: int = 1,
+        rdrop: float = 0.0,
+    ) -> None:
+        self.num_masks, self.rdrop = num_masks, rdrop
         heads = plan_heads(tasks, table.classes)
         self.tasks = tasks
         self.targets, self.weights = table.targets, table.weights
@@ -36,21 +52,27 @@ class Objective:
         }
 
     def count(self, rows: NDArray[np.int64]) -> dict[str, float]:
-        """Return task name -> items of a window's rows, missing targets left out."""
+        """Return task name -> items of a window's rows, missing targets left out; and ROWS -> their total weight."""
         weights = None if self.weights is None else torch.from_numpy(self.weights[rows])
-        return {
+        counts = {
             task.name: float(item_count(torch.from_numpy(self.targets[task.name][rows]), weights, task.kind))
             for task in self.tasks
         }
+        return {**counts, ROWS: float(len(rows) if weights is None else weights.sum())}
 
     def share(self, outputs: dict[str, torch.Tensor], batch: Batch, items: dict[str, float]) -> torch.Tensor:
         """Return a micro-batch's share of the window's loss, 0-d; `items` are those of the whole window."""
         total = torch.zeros((), device=batch.input_ids.device)
         for task in self.tasks:
             output, loss = outputs[task.name], self.losses[task.name]
-            # A pooler with branches has one output (B, K) per branch, and their losses add up.
-            for branch in output if output.ndim == 3 else output[None]:
-                summed, _ = loss(branch, batch.targets[task.name], batch.weights, batch.errors.get(task.name))
+            # A pooler's branches and R-Drop's passes have one output (B, K) each, and their losses add up.
+            for view in output if output.ndim == 3 else output[None]:
+                summed, _ = loss(view, batch.targets[task.name], batch.weights, batch.errors.get(task.name))
                 # A window whose rows all weigh 0 has nothing to teach: its sum is 0, and so is its share.
-                total = total + task.weight * summed / (items[task.name] or 1.0)
+                total = total + task.weight * summed / (items[task.name] or 1.0) / self.num_masks
+            if self.rdrop:
+                kind = "steps" if task.loss.name == "ordinal" else task.kind
+                apart = disagreement(output, kind)
+                apart = apart if batch.weights is None else apart * batch.weights
+                total = total + task.weight * self.rdrop * apart.sum() / (items[ROWS] or 1.0)
         return total

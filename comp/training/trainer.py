@@ -34,6 +34,12 @@ class NonFiniteError(ArithmeticError):
     """The loss or the gradient became NaN or infinite; training cannot go on."""
 
 
+class Adversary(Protocol):
+    def due(self, epochs: float, best_score: float | None) -> bool: ...
+
+    def perturbed(self) -> AbstractContextManager[bool]: ...
+
+
 class WhenToEvaluate(Protocol):
     def due(self, step: int, last_step: int, last_score: float | None) -> bool: ...
 
@@ -79,6 +85,9 @@ class Parts:
     collate: Callable[[Rows], Batch]
     count: Callable[[Rows], dict[str, float]]
     """Rows of a window -> items per task, on the CPU."""
+    outputs: Callable[[Batch], Outputs]
+    """The model in training: one pass, or two for R-Drop."""
+    adversary: Adversary
     loss: Callable[[Outputs, Batch, dict[str, float]], torch.Tensor]
     """Outputs, micro-batch, items of the window -> this micro-batch's share of the window's mean loss."""
     evaluate: Callable[[], float]
@@ -94,6 +103,7 @@ class Parts:
     tracker: Tracker
     progress: NullProgress
     epochs: int
+    steps_per_epoch: int
     peak_lr: float
     """The config's learning rate, which logs show times the schedule; groups have their own."""
     clip_norm: float | None = None
@@ -112,6 +122,7 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
         for window in parts.windows(state.epoch):
             lr = _set_rates(parts, state.step)
             loss = _backward(parts, state, window)
+            _attack(parts, state, window)
             norm = _clip(parts)
             parts.scaler.step(parts.optimizer)
             parts.scaler.update()
@@ -144,12 +155,23 @@ def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.
     for rows in window:
         batch = parts.collate(rows).to(parts.device)
         with parts.autocast():
-            outputs = parts.model(batch)
+            outputs = parts.outputs(batch)
         loss = parts.loss(outputs, batch, items)
         parts.scaler.scale(loss).backward()
         total += loss.detach()
         state.num_tokens += batch.num_tokens
     return total
+
+
+def _attack(parts: Parts, state: TrainState, window: Sequence[Rows]) -> None:
+    """Pass the window again at weights where its loss is worse, when that is due; tokens are not counted twice."""
+    if not parts.adversary.due(state.step / parts.steps_per_epoch, state.best_score):
+        return
+    tokens = state.num_tokens
+    with parts.adversary.perturbed() as moved:
+        if moved:
+            _backward(parts, state, window)
+    state.num_tokens = tokens
 
 
 def _clip(parts: Parts) -> torch.Tensor:
