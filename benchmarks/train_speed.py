@@ -33,6 +33,7 @@ from comp.progress import NullProgress
 from comp.runtime import Runtime, open_runtime
 from comp.ship.demo import find_reviews, read_reviews
 from comp.stability.adversarial import NoAdversary
+from comp.stability.averaging import NoAverager
 from comp.tracking import NullTracker
 from comp.training.cadence import Never
 from comp.training.trainer import Parts, TrainState, fit
@@ -111,6 +112,7 @@ def our_loop(model: nn.Module, optimizer: torch.optim.Optimizer, work: Work, win
         loss=lambda outputs, batch, items: loss(outputs["main"], batch.targets["main"])[0] / items["main"],
         outputs=model,
         adversary=NoAdversary(),
+        averager=NoAverager(),
         evaluate=lambda: 0.0,
         others=dict,
         showing=nullcontext,

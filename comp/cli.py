@@ -64,7 +64,7 @@ def infer(
     test: Annotated[str | None, typer.Option(help="Table to predict; default: the config's competition.test.")] = None,
     out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run>.csv.")] = None,
     fold: Annotated[str | None, typer.Option(help="full, or numbers like 0,2; default: all finished folds.")] = None,
-    weights: Annotated[str, typer.Option(help="best (by validation) or last.")] = "best",
+    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
 ) -> None:
     """Predict the test table with finished runs and write a checked submission."""

@@ -16,16 +16,8 @@ from comp.catalog import nearest
 from comp.config_optimizers import AdamW, Optimizer
 from comp.config_poolers import DensePooler, MeanPooler, Pooler
 from comp.config_section import Section
-from comp.config_variants import (
-    Adversarial,
-    Averaging,
-    Groups,
-    LinearSchedule,
-    Loss,
-    NoAdversarial,
-    Schedule,
-    UnifiedLayout,
-)
+from comp.config_stability import Stability
+from comp.config_variants import Groups, LinearSchedule, Loss, Schedule, UnifiedLayout
 from comp.metrics import METRICS
 
 __all__ = [
@@ -254,26 +246,6 @@ class Model(Section):
 # --- optimisation ----------------------------------------------------------------------------------------------------
 
 
-class Stability(Section):
-    """Few-sample techniques, all off unless set."""
-
-    reinit_layers: int = Field(0, ge=0)
-    """Top blocks to re-initialise; 0 = off."""
-    reinit_pooler: bool = False
-    """Re-initialise the checkpoint's own pooler (pooler `pooler_output`); false = off."""
-    mixout: float = Field(0.0, ge=0, le=1)
-    """Probability of mixing a column of a backbone's linear layer with its pretrained value; needs model.dropout 0;
-    0 = off."""
-    prior_decay: float = Field(0.0, ge=0)
-    """Weight decay of the backbone towards its pretrained weights, in place of optimizer.weight_decay; felt from about
-    1; 0 = off."""
-    averaging: Averaging = Averaging()
-    adversarial: Adversarial = NoAdversarial()
-    """A second pass at worse weights: none | fgm | awp; about doubles the cost of a step."""
-    rdrop: float = Field(0.0, ge=0)
-    """Weight of the R-Drop term: two passes with different dropout must agree; 0 = off."""
-
-
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +396,13 @@ class Config(Section):
         if stability.mixout and self.model.dropout != 0:
             raise ValueError(
                 f"stability.mixout takes the place of dropout, but model.dropout is {self.model.dropout}; set it to 0"
+            )
+        if stability.averaging.name != "none" and (
+            optimizer.name == "radam_lookahead" or getattr(optimizer, "lookahead", None) is not None
+        ):
+            raise ValueError(
+                f"stability.averaging '{stability.averaging.name}' and lookahead both average the weights along the "
+                "run; set one of them to none"
             )
         if stability.mixout and stability.prior_decay:
             raise ValueError(

@@ -12,13 +12,10 @@ from pydantic import Field, model_validator
 from comp.config_section import Section
 
 __all__ = [
-    "Adversarial",
-    "Averaging",
     "Groups",
     "LLRDLayout",
     "LinearSchedule",
     "Loss",
-    "NoAdversarial",
     "Schedule",
     "UnifiedLayout",
     "WarmupSchedule",
@@ -204,41 +201,3 @@ Schedule = Annotated[
     | PolynomialSchedule,
     Field(discriminator="name"),
 ]
-
-
-# --- stability --------------------------------------------------------------------------------------------------------
-
-
-class Averaging(Section):
-    name: Literal["none"] = "none"
-    """none = off; weight averaging is not in this version of comp."""
-
-
-class NoAdversarial(Section):
-    name: Literal["none"] = "none"
-    """none = off."""
-
-
-class FGMAdversarial(Section):
-    name: Literal["fgm"] = "fgm"
-    eps: float = Field(0.5, gt=0)
-    """How far the word table moves (its norm)."""
-    start_epoch: float = Field(0.0, ge=0)
-    """Epochs before the first attack, may be a fraction."""
-
-
-class AWPAdversarial(Section):
-    name: Literal["awp"] = "awp"
-    lr: float = Field(1e-2, gt=0)
-    """How far each matrix moves, as a share of its norm."""
-    eps: float = Field(1e-2, gt=0)
-    """Farthest any weight moves, as a share of itself."""
-    add_clean: bool = False
-    """true = step on the sum of clean and adversarial gradient; false = on the adversarial one alone, as the paper."""
-    start_epoch: float = Field(1.0, ge=0)
-    """Epochs before the first attack, may be a fraction."""
-    start_score: float | None = None
-    """No attack before the best score has reached this; null = whatever the score."""
-
-
-Adversarial = Annotated[NoAdversarial | FGMAdversarial | AWPAdversarial, Field(discriminator="name")]

@@ -154,6 +154,7 @@ class FoldFolder:
         self.path = path
         self.best = path / "best.safetensors"
         self.last = path / "last.safetensors"
+        self.averaged = path / "averaged.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.oof = path / "oof.parquet"
         self.groups = path / "groups.txt"

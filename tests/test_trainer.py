@@ -25,6 +25,7 @@ from comp.model.losses import num_outputs
 from comp.model.text_model import TextModel, build_model
 from comp.progress import NullProgress
 from comp.stability.adversarial import NoAdversary
+from comp.stability.averaging import NoAverager
 from comp.tracking import JsonlTracker, NullTracker
 from comp.training.cadence import Cadence, Never
 from comp.training.objective import Objective
@@ -80,6 +81,7 @@ def parts_of(
         "count": losses.count,
         "outputs": model,
         "adversary": NoAdversary(),
+        "averager": NoAverager(),
         "loss": losses.share,
         "evaluate": lambda: 0.0,
         "others": dict,

@@ -51,7 +51,7 @@ class LoadedRun:
     folds: list[Fold]
     """Models that are averaged."""
     weights: str
-    """best | last"""
+    """best | last | averaged"""
     runtime: Runtime
 
     @property
@@ -102,6 +102,12 @@ class LoadedRun:
 
     def _weights_of(self, fold: Fold) -> Path:
         folder = self.folder.fold(fold)
+        if self.weights == "averaged":
+            if not folder.averaged.exists():
+                raise ValueError(
+                    f"{folder.path} has no averaged weights: stability.averaging was none; use --weights best or last"
+                )
+            return folder.averaged
         return folder.last if fold == "full" or self.weights == "last" else folder.best
 
     def _model(self, tokenizer: Any) -> TextModel:
@@ -126,14 +132,14 @@ def load(
     """Open a finished run for prediction: `load("runs/large").predict(frame)`.
 
     `folds`: which fold models to average; None = all finished ones, or the full-data model when there is no fold.
-    `weights`: best (by validation) or last. `precision`: None = as in training. Raises ValueError when the folder is
-    no run, or a fold is not finished.
+    `weights`: best (by validation), last, or averaged. `precision`: None = as in training. Raises ValueError when the
+    folder is no run, or a fold is not finished.
     """
     folder = RunFolder(path)
     if not folder.config.exists() or not folder.manifest.exists():
         raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `ls runs/`")
-    if weights not in ("best", "last"):
-        raise ValueError(f"weights '{weights}': allowed are best and last")
+    if weights not in ("best", "last", "averaged"):
+        raise ValueError(f"weights '{weights}': allowed are best, last and averaged")
     config = config_file.load(folder.config)
     finished = folder.finished_folds()
     if not finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from comp.progress import open_progress
 from comp.runs import RunFolder, claim, write_json, write_text
 from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
+from comp.stability.averaging import EMA, SWA, NoAverager, Soup
 from comp.stability.consistency import twice
 from comp.stability.mixout import mix_
 from comp.stability.prior_decay import PriorDecay
@@ -87,6 +89,10 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
     ValueError, before any training, for whatever does not fit.
     """
     wanted = parse_folds(folds, config.folds.num_folds)
+    if wanted == ["full"] and config.stability.averaging.name == "soup":
+        raise ValueError(
+            "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
+        )
     folder = RunFolder(Path("runs") / name)
     table, _, leaks = read_competition(config.competition, config.tasks)
     for line in leaks:
@@ -158,6 +164,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
             f"every {optimizer.steps} steps only: they would stay as they are; lower its steps"
         )
     schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    averager, schedule = _averager(config, model, schedule, num_steps)
     labels = Labels(table.targets, table.weights, table.errors)
     held = HeldOut(
         model,
@@ -194,6 +201,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         count=objective.count,
         outputs=twice(model) if rdrop else model,
         adversary=_adversary(config, model),
+        averager=averager,
         loss=objective.share,
         evaluate=held.evaluate,
         others=held.others,
@@ -214,22 +222,24 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         state = fit(parts, TrainState())
         with showing():
             save_weights(folder.last, model)
+        averaged = _average(averager, held if fold != "full" else None, folder.averaged, model)
         if fold != "full":
             held.write(folder.oof, int(fold))
-        summary = _summary(state, time.perf_counter() - started)
+        summary = _summary(state, averaged, time.perf_counter() - started)
         tracker.summary(summary)
     finally:
         progress.close()
         tracker.finish()
     if fold != "full":
+        also = "" if averaged is None else f"averaged {averaged:.5f}, "
         plan.say(
             f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
-            f"last {state.last_score:.5f}, {state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
+            f"last {state.last_score:.5f}, {also}{state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
         )
     write_json(folder.done, summary)  # last: a fold is finished when this file is there
 
 
-def _summary(state: TrainState, seconds: float) -> dict[str, Any]:
+def _summary(state: TrainState, averaged: float | None, seconds: float) -> dict[str, Any]:
     """Return what done.json and the trackers say of a finished fold; scores are null without held-out rows."""
     return {
         "steps": state.step,
@@ -237,6 +247,7 @@ def _summary(state: TrainState, seconds: float) -> dict[str, Any]:
         "best": state.best_score,
         "best_step": state.best_step,
         "last": state.last_score,
+        "averaged": averaged,
         "evaluations": state.num_evaluations,
         "stopped_early": state.stopped_early,
         "evaluation_share": round(state.eval_seconds / max(state.eval_seconds + state.train_seconds, 1e-9), 3),
@@ -309,6 +320,35 @@ def _groups(config: Config, model: TextModel, fresh: list[nn.Parameter]) -> list
 def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
     own = config.optimizer.model_dump(exclude={"lr", "head_lr", "weight_decay", "clip_norm"})
     return build_optimizer(groups=groups, **own)
+
+
+def _averager(
+    config: Config, model: TextModel, schedule: Callable[[int], float], num_steps: int
+) -> tuple[NoAverager, Callable[[int], float]]:
+    """Build what stability.averaging says; return it and the schedule, which SWA holds constant from its start."""
+    chosen = config.stability.averaging
+    if chosen.name == "swa":
+        start = max(1, math.ceil(num_steps * chosen.start_percent / 100))
+        constant = chosen.lr_factor
+        average = SWA(model, start=start, interval=max(1, (num_steps - start) // (chosen.points - 1)))
+        return average, schedule if constant is None else lambda step: schedule(step) if step < start else constant
+    if chosen.name == "ema":
+        return EMA(model, decay=max(0.0, 1 - 10 / num_steps) if chosen.decay is None else chosen.decay), schedule
+    if chosen.name == "soup":
+        return Soup(
+            model, size=chosen.size, greedy=chosen.greedy, is_better=partial(is_better, config.metric)
+        ), schedule
+    return NoAverager(), schedule
+
+
+def _average(averager: NoAverager, held: HeldOut | None, path: Path, model: TextModel) -> float | None:
+    """Finish the average, score it on the held-out rows and write it; None where there is none or no such rows."""
+    averager.finish(None if held is None else held.try_weights)
+    if not averager.ready:
+        return None
+    with averager.swapped_in():
+        save_weights(path, model)
+        return None if held is None else held.keep_averaged()
 
 
 def _adversary(config: Config, model: TextModel) -> NoAdversary:

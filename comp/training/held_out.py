@@ -47,16 +47,30 @@ class HeldOut:
         self.targets = {name: values[rows] for name, values in table.targets.items()}
         self.best: Predictions | None = None
         self.last: Predictions | None = None
+        self.averaged: Predictions | None = None
 
     def evaluate(self) -> float:
         """Predict the rows and return the metric of the first task; NaN when a prediction is not finite."""
-        self.last = predict(
-            self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=self.rows
-        )
+        self.last = self._predict()
+        return self._score(self.last)
+
+    def try_weights(self) -> float:
+        """Score the weights in the model, by the way."""
+        return self._score(self._predict())
+
+    def keep_averaged(self) -> float:
+        """Score the weights in the model, an average, and keep their predictions."""
+        self.averaged = self._predict()
+        return self._score(self.averaged)
+
+    def _predict(self) -> Predictions:
+        return predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=self.rows)
+
+    def _score(self, found: Predictions) -> float:
         first = self.tasks[0].name
-        if not all(np.isfinite(values).all() for values in self.last.values.values()):
+        if not all(np.isfinite(values).all() for values in found.values.values()):
             return float("nan")
-        return evaluate(self.metrics[0], self.targets[first], self.last.values[first], self.tasks[0].kind)
+        return evaluate(self.metrics[0], self.targets[first], found.values[first], self.tasks[0].kind)
 
     def others(self) -> dict[str, float]:
         """Return "valid/<task>" -> score of the latest predictions, for the auxiliary tasks that can be scored."""
@@ -84,4 +98,5 @@ class HeldOut:
             targets=self.targets,
             best=self.best,
             last=self.last,
+            averaged=self.averaged,
         )

@@ -1,7 +1,8 @@
 """Out-of-fold rows: each row predicted by the one fold model that did not see it.
 
 Columns: id, fold, then per task and output `target_<task>_<column>`, `pred_<task>_<output>` (best weights) and
-`last_<task>_<output>` (weights at the end of training). An output is a target column, or a class of a multiclass task.
+`last_<task>_<output>` (weights at the end of training) and, where weights are averaged, `averaged_<task>_<output>`. An
+output is a target column, or a class of a multiclass task.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def write(
     targets: Mapping[str, NDArray[np.float32]],
     best: Predictions,
     last: Predictions,
+    averaged: Predictions | None = None,
 ) -> None:
     """Write the rows of one fold atomically. `targets`: task name -> (N, K), in the order of `best.ids`."""
     assert (best.ids == last.ids).all(), "best and last predictions are of different rows"
@@ -44,7 +46,9 @@ def write(
     for task in tasks:
         for place, column in enumerate(task.targets):
             columns[f"target_{task.name}_{column}"] = targets[task.name][:, place]
-        for kind, predictions in (("pred", best), ("last", last)):
+        for kind, predictions in (("pred", best), ("last", last), ("averaged", averaged)):
+            if predictions is None:
+                continue
             for place, output in enumerate(output_names(task, classes)):
                 columns[f"{kind}_{task.name}_{output}"] = predictions.values[task.name][:, place]
     frame = pd.DataFrame(columns)
@@ -64,7 +68,9 @@ def gather(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
             f"{folder.path}: {len(twice)} ids are in the out-of-fold rows of two folds (for example {twice[0]}); the "
             "folds were trained on different fold files: train again with --restart"
         )
-    numbers = frame[[name for name in frame.columns if name.startswith(("pred_", "last_"))]].to_numpy(np.float64)
+    numbers = frame[[name for name in frame.columns if name.startswith(("pred_", "last_", "averaged_"))]].to_numpy(
+        np.float64
+    )
     if not np.isfinite(numbers).all():
         raise ValueError(f"{folder.path}: out-of-fold rows hold NaN or infinite values; train again with --restart")
     write_atomic(folder.oof, lambda temporary: frame.to_parquet(temporary, index=False))
@@ -90,6 +96,9 @@ class Scores:
     last_pooled: Score
     num_rows: int
     """Rows with a target."""
+    averaged_folds: dict[int, Score] | None = None
+    """By averaged weights; None where there are none."""
+    averaged_pooled: Score = None
 
     @property
     def mean(self) -> Score:
@@ -114,18 +123,30 @@ class Scores:
             "num_rows": self.num_rows,
             "best": {"folds": self.folds, "mean": self.mean, "std": self.std, "pooled": self.pooled},
             "last": {"folds": self.last_folds, "mean": self.last_mean, "pooled": self.last_pooled},
+            **({"averaged": self._averaged()} if self.averaged_folds is not None else {}),
         }
+
+    def _averaged(self) -> dict[str, object]:
+        assert self.averaged_folds is not None
+        return {"folds": self.averaged_folds, "mean": _mean(self.averaged_folds), "pooled": self.averaged_pooled}
 
     def table(self, title: str | None = None) -> str:
         """Return the scores as text, best beside last, under `title` (the metric by default)."""
 
-        def line(name: str, best: Score, last: Score, more: str = "") -> str:
-            return f"{name:<16}" + "".join(f"{'-' if x is None else f'{x:.5f}':>10}" for x in (best, last)) + more
+        columns = [
+            (self.folds, self.mean, self.pooled),
+            (self.last_folds, self.last_mean, self.last_pooled),
+            *([(f, _mean(f), self.averaged_pooled)] if (f := self.averaged_folds) is not None else []),
+        ]
 
-        lines = [f"{title or self.metric:<16}{'best':>10}{'last':>10}"]
-        lines += [line(f"fold {fold}", self.folds[fold], self.last_folds[fold]) for fold in self.folds]
-        lines.append(line("mean of folds", self.mean, self.last_mean, f"   (spread {self.std:.5f})"))
-        lines.append(line("pooled", self.pooled, self.last_pooled, f"   ({self.num_rows:,} rows)"))
+        def line(name: str, scores: Sequence[Score], more: str = "") -> str:
+            return f"{name:<16}" + "".join(f"{'-' if x is None else f'{x:.5f}':>10}" for x in scores) + more
+
+        heads = "".join(f"{name:>10}" for name in ("best", "last", "averaged")[: len(columns)])
+        lines = [f"{title or self.metric:<16}{heads}"]
+        lines += [line(f"fold {fold}", [column[0][fold] for column in columns]) for fold in self.folds]
+        lines.append(line("mean of folds", [column[1] for column in columns], f"   (spread {self.std:.5f})"))
+        lines.append(line("pooled", [column[2] for column in columns], f"   ({self.num_rows:,} rows)"))
         return "\n".join(lines)
 
 
@@ -143,7 +164,7 @@ def score(
     a target are left out, and what cannot be scored is None.
     """
     names = {"target": [f"target_{task.name}_{column}" for column in task.targets]}
-    for kind in ("pred", "last"):
+    for kind in ("pred", "last", "averaged"):
         names[kind] = [f"{kind}_{task.name}_{output}" for output in output_names(task, classes)]
     rate = evaluate if complete else evaluate_known
 
@@ -152,6 +173,7 @@ def score(
         return rate(metric, targets, preds, task.kind)
 
     parts = {int(fold): frame[frame["fold"] == fold] for fold in sorted(frame["fold"].unique())}
+    averaged = set(names["averaged"]) <= set(frame.columns) and frame[names["averaged"]].notna().all(axis=None)
     return Scores(
         metric=metric,
         folds={fold: scored(part, "pred") for fold, part in parts.items()},
@@ -159,4 +181,6 @@ def score(
         last_folds={fold: scored(part, "last") for fold, part in parts.items()},
         last_pooled=scored(frame, "last"),
         num_rows=int(frame[names["target"]].notna().all(axis=1).sum()),
+        averaged_folds={fold: scored(part, "averaged") for fold, part in parts.items()} if averaged else None,
+        averaged_pooled=scored(frame, "averaged") if averaged else None,
     )

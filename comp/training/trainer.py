@@ -40,6 +40,12 @@ class Adversary(Protocol):
     def perturbed(self) -> AbstractContextManager[bool]: ...
 
 
+class Averager(Protocol):
+    def update(self, step: int) -> None: ...
+
+    def evaluated(self, step: int, score: float) -> None: ...
+
+
 class WhenToEvaluate(Protocol):
     def due(self, step: int, last_step: int, last_score: float | None) -> bool: ...
 
@@ -88,6 +94,7 @@ class Parts:
     outputs: Callable[[Batch], Outputs]
     """The model in training: one pass, or two for R-Drop."""
     adversary: Adversary
+    averager: Averager
     loss: Callable[[Outputs, Batch, dict[str, float]], torch.Tensor]
     """Outputs, micro-batch, items of the window -> this micro-batch's share of the window's mean loss."""
     evaluate: Callable[[], float]
@@ -128,6 +135,7 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
             parts.scaler.update()
             parts.optimizer.zero_grad(set_to_none=True)
             state.step += 1
+            parts.averager.update(state.step)
             pulse.beat(loss, norm, lr)
             if parts.cadence.due(state.step, state.last_eval_step, state.last_score):
                 pulse.read()
@@ -202,6 +210,7 @@ def _score(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
         raise NonFiniteError(_advice(state.step, "the held-out predictions are not finite", pulse.lr))
     state.num_evaluations += 1
     state.last_score, state.last_eval_step = score, state.step
+    parts.averager.evaluated(state.step, score)
     if parts.is_better(score, state.best_score):
         state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
         parts.keep_best()
