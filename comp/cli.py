@@ -36,10 +36,12 @@ def train(
     run: Annotated[str | None, typer.Option(help="Name of the run; default: the config file's.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="64 rows, one fold, one epoch, tracking off.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Train the folds anew, finished ones too.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
 ) -> None:
     """Train the folds that are not finished yet, and score them."""
     from comp import config_file
     from comp.training import crossval
+    from comp.training.seeds import parse_seeds, run_seeds
 
     file = config_file.find(config)
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
@@ -52,7 +54,10 @@ def train(
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
     try:
-        crossval.run(loaded, name, fold, restart=restart)
+        if seeds is None:
+            crossval.run(loaded, name, fold, restart=restart)
+        else:
+            run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart)
     except KeyboardInterrupt:
         print(f"comp: stopped; finished folds of runs/{name} are kept, the same command goes on with the next one")
         raise typer.Exit(130) from None

@@ -75,6 +75,7 @@ LAYERS = {
     "training/objective.py": 3,
     "training/oof.py": 3,
     "training/crossval.py": 4,
+    "training/seeds.py": 4,
     "ship/__init__.py": 6,
     "ship/infer.py": 6,
     "ship/submission.py": 6,
