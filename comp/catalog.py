@@ -21,6 +21,7 @@ CATALOGUES: dict[str, str] = {
     "metrics": "comp.metrics:METRICS",
     "optimizers": "comp.optim:OPTIMIZERS",
     "layouts": "comp.optim.groups:LAYOUTS",
+    "techniques": "comp.stability.techniques:TECHNIQUES",
     "schedules": "comp.optim.schedules:SCHEDULES",
     "splitters": "comp.data.splitters:SPLITTERS",
 }

@@ -64,6 +64,7 @@ LAYERS = {
     "stability/mixout.py": 2,
     "stability/prior_decay.py": 2,
     "stability/averaging.py": 2,
+    "stability/techniques.py": 3,
     "stability/adversarial.py": 2,
     "stability/consistency.py": 2,
     "training/__init__.py": 3,

@@ -413,6 +413,22 @@ def test_a_run_with_it_differs_repeats_and_infers(
     assert np.abs(found - rows["pred_main_target"].to_numpy()).max() < 1e-6
 
 
+def test_the_catalogue_names_what_the_config_knows() -> None:
+    from comp.config import Model
+    from comp.config_stability import Stability
+    from comp.stability.techniques import TECHNIQUES
+
+    names = set(Stability.model_fields) - {"averaging", "adversarial"} | {"multi_sample_dropout"}
+    names |= {name for name in Model.model_fields if name.startswith("freeze_")}
+    properties = Stability.model_json_schema()["properties"]
+    for key in ("averaging", "adversarial"):
+        names |= set(properties[key]["discriminator"]["mapping"]) - {"none"}
+    assert names == set(TECHNIQUES)
+    plain = Stability()
+    off = {plain.averaging.name, plain.adversarial.name}
+    assert off == {"none"} and not any(getattr(plain, name, 0) for name in TECHNIQUES), "everything is off by default"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
