@@ -116,6 +116,14 @@ def test_it_learns(setup: Setup) -> None:
     assert score_submission(Path("submissions/tiny.csv"), competition.solution, "rmse")["total"] < 0.95 * spread
 
 
+def test_alberts_one_block_is_said(setup: Setup) -> None:
+    config, _ = setup(model="albert", groups={"layout": "llrd", "decay": 0.5})
+    run(config, folds="0")
+    said = "\n".join(SAID)
+    assert "one block, used at every depth (ALBERT): groups.layout 'llrd' gives it the one rate" in said
+    assert "block 3 " in said and "block 2 " not in said
+
+
 def test_same_seed_same_bits_another_seed_others(setup: Setup) -> None:
     config, _ = setup(model="bert", evaluation={"every": "50%"})
     dropout = config.model_copy(update={"model": config.model.model_copy(update={"dropout": 0.2})})

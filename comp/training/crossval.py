@@ -152,6 +152,11 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     table_text = group_table(groups, frozen)
     if not plan.folder.finished_folds():
         plan.say(table_text)
+        if model.backbone.shares_blocks and config.groups.layout != "unified":
+            plan.say(
+                "the blocks of this model are one block, used at every depth (ALBERT): groups.layout "
+                f"'{config.groups.layout}' gives it the one rate of the table"
+            )
     write_text(folder.groups, table_text + "\n")
     optimizer = _optimizer(config, groups)
     PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
