@@ -304,7 +304,7 @@ def test_what_load_and_infer_refuse(setup: Setup) -> None:
     run(config, folds="0")
     with pytest.raises(ValueError, match="fold 1 is not finished; finished: 0"):
         load("runs/tiny", folds=[1])
-    with pytest.raises(ValueError, match="weights 'middle': allowed are best and last"):
+    with pytest.raises(ValueError, match="weights 'middle': allowed are best, last and averaged"):
         load("runs/tiny", weights="middle")
     with pytest.raises(ValueError, match="no such file"):
         infer(["runs/tiny"], test="nothing.csv", say=SAID.append)
