@@ -104,15 +104,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """Return the git commit of the current directory, "+changes" appended when dirty, or None outside git."""
+def commit(folder: Path | str = ".") -> str | None:
+    """Return the git commit a folder is at, "+changes" appended when it has any, or None outside git."""
+    git = ["git", "-C", str(folder)]
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
         if head.returncode:
             return None
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, timeout=10
-        )
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", "."]
+        dirty = subprocess.run(status, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

@@ -128,7 +128,7 @@ def train(label: str, variant: Sequence[str], seed: int, fold: int) -> Row | str
         "best_step": done["best_step"],
         "steps": done["steps"],
         "seconds": done["seconds"],
-        "commit": commit(),
+        "commit": commit(ROOT / "comp"),
         "versions": {key: versions()[key] for key in ("torch", "transformers")},
     }
 
