@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -189,11 +188,11 @@ def rmse(rows: Iterable[Row], kind: str) -> float:
 
 
 def summary(study: Study, rows: list[Row]) -> list[Row]:
-    """Return one line per variant, best first: RMSE, spread, difference from the baseline, cost.
+    """Return one line per variant, best first: RMSE, spread, difference from the baseline.
 
     `best`, `last`: pooled RMSE of each seed's folds, mean over seeds. `spread`: standard deviation over seed x fold, by
     the best checkpoint. `gain_best`, `gain_last`: mean over the (seed, fold) both have of baseline - variant;
-    `error_...` its standard error (None for fewer than two). `cost`: median seconds relative to the baseline's.
+    `error_...` its standard error (None for fewer than two).
     """
     import numpy as np
 
@@ -210,7 +209,6 @@ def summary(study: Study, rows: list[Row]) -> list[Row]:
             "variant": label,
             "folds": folds,
             "spread": float(np.std(folds, ddof=1)) if len(folds) > 1 else 0.0,
-            "cost": _median_seconds(own) / _median_seconds(base.values()),
         }
         for kind in ("best", "last"):
             line[kind] = float(np.mean([rmse([row for row in own if row["seed"] == seed], kind) for seed in seeds]))
@@ -222,10 +220,6 @@ def summary(study: Study, rows: list[Row]) -> list[Row]:
     return sorted(lines, key=lambda line: float(line["best"]))
 
 
-def _median_seconds(rows: Iterable[Row]) -> float:
-    return statistics.median(row["seconds"] for row in rows)
-
-
 def table(study: Study, rows: list[Row]) -> str:
     """Return the Markdown page."""
     lines = [
@@ -234,11 +228,10 @@ def table(study: Study, rows: list[Row]) -> str:
         f"`{study.command}`: {NUM_ROWS} rows of CLEAR, MiniLM, {FOLDS} folds x {len(SEEDS)} seeds, 2 epochs of",
         "texts of at most 128 tokens, 5 evaluations an epoch. RMSE by the best checkpoint flatters (it is chosen on",
         "the rows it is scored on), by the last does not. Gain: how much lower than the baseline",
-        f"`{study.baseline}` on the same seed and fold, with its standard error; under about two errors it is",
-        "noise. Cost: seconds relative to the baseline's.",
+        f"`{study.baseline}` on the same seed and fold, with its standard error; under about two errors it is noise.",
         "",
-        f"| {study.what} | folds | RMSE best | RMSE last | spread | gain best | gain last | cost |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {study.what} | folds | RMSE best | RMSE last | spread | gain best | gain last |",
+        "|---|---|---|---|---|---|---|",
     ]
     for line in summary(study, rows):
         gains = [
@@ -247,7 +240,7 @@ def table(study: Study, rows: list[Row]) -> str:
         ]
         lines.append(
             f"| {line['variant']} | {len(line['folds'])} | {line['best']:.4f} | {line['last']:.4f} | "
-            f"{line['spread']:.4f} | {gains[0]} | {gains[1]} | {line['cost']:.2f} |"
+            f"{line['spread']:.4f} | {gains[0]} | {gains[1]} |"
         )
     return "\n".join(lines) + "\n"
 
