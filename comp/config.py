@@ -381,10 +381,11 @@ class Config(Section):
             raise ValueError(
                 f"the first task '{self.tasks[0].name}' has a metric of its own; set `metric` of the config instead"
             )
-        whole = [task.name for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
+        whole = [f"the loss of task '{task.name}'" for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
+        whole += ["stability.supcon"] if self.stability.supcon.weight else []
         if whole and (self.training.micro_batch_size or self.training.batch_size) < self.training.batch_size:
             raise ValueError(
-                f"the loss of task '{whole[0]}' compares the rows of a whole batch, which micro-batches of "
+                f"{whole[0]} compares the rows of a whole batch, which micro-batches of "
                 f"{self.training.micro_batch_size} would change; set training.micro_batch_size to null, or a smaller "
                 "training.batch_size"
             )

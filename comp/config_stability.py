@@ -73,6 +73,17 @@ class AWPAdversarial(Section):
 Adversarial = Annotated[NoAdversarial | FGMAdversarial | AWPAdversarial, Field(discriminator="name")]
 
 
+class SupConTerm(Section):
+    """The supervised contrastive term of the first task."""
+
+    weight: float = Field(0.0, ge=0)
+    """Its weight beside the tasks' losses; 0 = off."""
+    temperature: float = Field(0.07, gt=0)
+    """Divides the cosines: lower looks at the nearest texts only."""
+    bandwidth: float = Field(0.5, gt=0)
+    """How far apart numbers still count as alike, in standard deviations of the training targets."""
+
+
 class Stability(Section):
     """Few-sample techniques, all off unless set."""
 
@@ -92,3 +103,5 @@ class Stability(Section):
     """A second pass at worse weights: none | fgm | awp; about doubles the cost of a step."""
     rdrop: float = Field(0.0, ge=0)
     """Weight of the R-Drop term: two passes with different dropout must agree; 0 = off."""
+    supcon: SupConTerm = SupConTerm()
+    """Vectors of texts with like targets draw together."""

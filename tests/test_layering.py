@@ -67,6 +67,7 @@ LAYERS = {
     "stability/techniques.py": 3,
     "stability/adversarial.py": 2,
     "stability/consistency.py": 2,
+    "stability/contrast.py": 2,
     "training/__init__.py": 3,
     "training/predict.py": 3,
     "training/checkpoint.py": 3,

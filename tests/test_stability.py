@@ -364,10 +364,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fgm": {"stability": {"adversarial": {"name": "fgm", "eps": 2.0}}},
     "awp": {"stability": {"adversarial": {"name": "awp", "start_epoch": 0.5}}},
     "rdrop": {"stability": {"rdrop": 1.0}, "model": {"dropout": 0.2}},
+    "supcon": {"stability": {"supcon": {"weight": 0.5}}},
     "multi_sample_dropout": {"stability": {}, "model": {"head_dropout": 0.4}, "on": {"multi_sample_dropout": 3}},
     "all at once on psum": {
         "stability": {
             "rdrop": 1.0,
+            "supcon": {"weight": 0.1},
             "mixout": 0.3,
             "reinit_layers": 1,
             "adversarial": {"name": "awp", "start_epoch": 0},
@@ -426,7 +428,8 @@ def test_the_catalogue_names_what_the_config_knows() -> None:
     assert names == set(TECHNIQUES)
     plain = Stability()
     off = {plain.averaging.name, plain.adversarial.name}
-    assert off == {"none"} and not any(getattr(plain, name, 0) for name in TECHNIQUES), "everything is off by default"
+    assert off == {"none"} and plain.supcon.weight == 0
+    assert not any(getattr(plain, name, 0) for name in TECHNIQUES if name != "supcon"), "everything is off by default"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from comp.model.backbone import Backbone, load_backbone, rebuild_backbone
 from comp.model.heads import Head, build_head
 from comp.model.pooling import Pooler, build_pooler, needs_trained_pooler
 
-__all__ = ["TextModel", "build_model"]
+__all__ = ["VECTOR", "TextModel", "build_model"]
+
+VECTOR = "vector*"  # no task can be called so
 
 
 def mean_of_windows(vector: torch.Tensor, window_of: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -32,7 +34,8 @@ class TextModel(nn.Module):
     `forward(batch)` returns task name -> (B, K) float32: values for regression and ordinal, logits for the others. A
     pooler with branches gives (n, B, K) while training, one output per branch, whose losses are summed, and the mean
     of the branches, (B, K), otherwise. Multi-sample dropout (`num_masks` above 1; Inoue 2019, arXiv:1905.09788) gives
-    (masks x n, B, K) while training: the mean of the losses is wanted, not the loss of the mean.
+    (masks x n, B, K) while training: the mean of the losses is wanted, not the loss of the mean. With `with_vectors`
+    there is also, while training, VECTOR -> what the heads read before their dropout, (B, F) or (n, B, F).
     """
 
     def __init__(
@@ -43,12 +46,13 @@ class TextModel(nn.Module):
         *,
         head_dropout: float = 0.0,
         num_masks: int = 1,
+        with_vectors: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooler = pooler
         self.head_dropout = nn.Dropout(head_dropout)
-        self.num_masks = num_masks
+        self.num_masks, self.with_vectors = num_masks, with_vectors
         std = float(getattr(backbone.config, "initializer_range", 0.02))
         self.heads = nn.ModuleDict({name: build_head(head, pooler.out_features, std) for name, head in heads.items()})
 
@@ -62,6 +66,7 @@ class TextModel(nn.Module):
         with torch.autocast(device, enabled=False):
             if batch.window_of is not None:
                 vector = mean_of_windows(vector, batch.window_of, len(batch.rows))
+            kept = {VECTOR: vector} if self.training and self.with_vectors else {}
             if self.training and self.num_masks > 1:
                 views = vector if vector.ndim == 3 else vector[None]
                 vector = views.repeat(self.num_masks, 1, 1)
@@ -69,7 +74,7 @@ class TextModel(nn.Module):
             outputs = {name: head(vector) for name, head in self.heads.items()}
             if self.pooler.num_branches > 1 and not self.training:
                 return {name: output.mean(0) for name, output in outputs.items()}
-            return outputs
+            return {**outputs, **kept}
 
     def depth_of(self, name: str) -> int:
         """Return the depth of a parameter: 0 = embeddings, 1..L = block, L + 1 = pooler and heads."""
@@ -91,6 +96,7 @@ def build_model(
     dropout: float | None = 0.0,
     head_dropout: float = 0.0,
     num_masks: int = 1,
+    with_vectors: bool = False,
     freeze_embeddings: bool | str = False,
     freeze_layers: int = 0,
     gradient_checkpointing: bool = False,
@@ -112,7 +118,7 @@ def build_model(
             f"most {backbone.max_positions}"
         )
     built = build_pooler(pooler, backbone, num_fields=num_fields)
-    model = TextModel(backbone, built, heads, head_dropout=head_dropout, num_masks=num_masks)
+    model = TextModel(backbone, built, heads, head_dropout=head_dropout, num_masks=num_masks, with_vectors=with_vectors)
     backbone.freeze(embeddings=freeze_embeddings, num_layers=freeze_layers)
     if gradient_checkpointing:
         backbone.checkpoint_gradients()

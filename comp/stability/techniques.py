@@ -8,6 +8,7 @@ from comp.model.text_model import TextModel
 from comp.stability.adversarial import AWP, FGM
 from comp.stability.averaging import EMA, SWA, Soup
 from comp.stability.consistency import disagreement
+from comp.stability.contrast import SupCon
 from comp.stability.mixout import mix_
 from comp.stability.prior_decay import PriorDecay
 from comp.stability.reinit import reinit_blocks_, reinit_linear_
@@ -27,6 +28,7 @@ TECHNIQUES: dict[str, Row] = {
     "fgm": Row(FGM, "a second pass at a worse word table, gradients added", "Miyato et al. 2017, arXiv:1605.07725"),
     "awp": Row(AWP, "a second pass at worse matrices, in place of the first", "Wu et al. 2020, arXiv:2004.05884"),
     "rdrop": Row(disagreement, "two passes with different dropout must agree", "Liang et al. 2021, arXiv:2106.14448"),
+    "supcon": Row(SupCon, "texts with like targets draw together, by class or kernel", "arXiv:2004.11362, 2106.08808"),
     "multi_sample_dropout": Row(TextModel, "several masks of the head's dropout per pass", "arXiv:1905.09788"),
     "freeze_embeddings": Row(Backbone.freeze, "keep the embeddings, or the word table alone, fixed", "common practice"),
     "freeze_layers": Row(Backbone.freeze, "keep the lowest blocks fixed", "common practice"),

@@ -37,6 +37,7 @@ from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
 from comp.stability.consistency import twice
+from comp.stability.contrast import SupCon
 from comp.stability.mixout import mix_
 from comp.stability.prior_decay import PriorDecay
 from comp.stability.reinit import reinit_blocks_, reinit_linear_
@@ -193,7 +194,9 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
     progress = open_progress(num_steps, f"fold {fold}")
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
-    objective = Objective(config.tasks, table, training, num_masks=num_masks, rdrop=rdrop)
+    objective = Objective(
+        config.tasks, table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
+    )
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -291,6 +294,7 @@ def _model(config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, lis
         dropout=model.dropout,
         head_dropout=model.head_dropout,
         num_masks=max(1, model.multi_sample_dropout),
+        with_vectors=stability.supcon.weight > 0,
         freeze_embeddings=model.freeze_embeddings,
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
@@ -367,6 +371,12 @@ def _adversary(config: Config, model: TextModel) -> NoAdversary:
     matrices = [p for block in model.backbone.blocks for p in block.parameters() if p.ndim > 1 and p.requires_grad]
     higher = METRICS[config.metric].higher_is_better
     return AWP(matrices, everything=list(model.parameters()), higher_is_better=higher, **own)
+
+
+def _supcon(config: Config, table: Table, training: NDArray[np.int64]) -> SupCon | None:
+    """Build the contrastive term of the first task; its kernel is as wide as the training targets say."""
+    first, chosen = config.tasks[0], config.stability.supcon
+    return SupCon(first.kind, table.targets[first.name][training], **chosen.model_dump()) if chosen.weight else None
 
 
 def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:

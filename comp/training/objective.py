@@ -13,7 +13,9 @@ from comp.data.batches import Batch
 from comp.data.tables import Table
 from comp.model.heads import plan_heads
 from comp.model.losses import build_loss, item_count
+from comp.model.text_model import VECTOR
 from comp.stability.consistency import disagreement
+from comp.stability.contrast import SupCon
 
 __all__ = ["Objective"]
 
@@ -24,7 +26,7 @@ class Objective:
     """The losses of `tasks` on the rows of `table`; class weights are counted on `training` rows (N,) alone.
 
     `num_masks`: of multi-sample dropout, whose losses are averaged. `rdrop`: weight of the disagreement of the two
-    passes that outputs then hold; 0 = one pass.
+    passes that outputs then hold; 0 = one pass. `supcon`: the contrastive term of the first task, None = without.
     """
 
     def __init__(
@@ -35,8 +37,9 @@ class Objective:
         *,
         num_masks: int = 1,
         rdrop: float = 0.0,
+        supcon: SupCon | None = None,
     ) -> None:
-        self.num_masks, self.rdrop = num_masks, rdrop
+        self.num_masks, self.rdrop, self.supcon = num_masks, rdrop, supcon
         heads = plan_heads(tasks, table.classes)
         self.tasks = tasks
         self.targets, self.weights = table.targets, table.weights
@@ -75,4 +78,9 @@ class Objective:
                 apart = disagreement(output, kind)
                 apart = apart if batch.weights is None else apart * batch.weights
                 total = total + task.weight * self.rdrop * apart.sum() / (items[ROWS] or 1.0)
+        if self.supcon:
+            targets = batch.targets[self.tasks[0].name]  # of the first task, which has no missing ones
+            each = self.supcon(outputs[VECTOR], targets, passes=2 if self.rdrop else 1)
+            each = each if batch.weights is None else each * batch.weights
+            total = total + each.sum() / (items[ROWS] or 1.0)
         return total
