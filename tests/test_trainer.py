@@ -24,7 +24,7 @@ from comp.model.backbone import load_tokenizer
 from comp.model.losses import num_outputs
 from comp.model.text_model import TextModel, build_model
 from comp.progress import NullProgress
-from comp.stability.adversarial import NoAdversary
+from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import NoAverager
 from comp.tracking import JsonlTracker, NullTracker
 from comp.training.cadence import Cadence, Never
@@ -276,6 +276,32 @@ def test_under_a_loss_scaler_an_infinite_gradient_is_a_skipped_step(
     assert scaler.get_scale() < 2.0**126
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert any(not torch.equal(before[name], after) for name, after in weights(model).items())
+
+
+@pytest.mark.parametrize("attack", ["none", "fgm", "awp"])
+@pytest.mark.parametrize("micro", [None, 4])
+def test_a_loss_scale_changes_no_bit(
+    attack: str, micro: int | None, ready: Callable[..., tuple[Parts, TextModel]]
+) -> None:
+    """Powers of two scale exactly, so only a wrong order (clipping, attacking or stepping before unscaling) differs."""
+    found = []
+    for scaler in (
+        torch.amp.GradScaler("cpu", enabled=False),
+        torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3),
+    ):
+        parts, model = ready(scaler=scaler, clip_norm=0.05, micro=micro, epochs=2)
+        matrices = [p for block in model.backbone.blocks for p in block.parameters() if p.ndim > 1]
+        words = model.backbone.model.get_input_embeddings().weight
+        adversary = {
+            "none": NoAdversary(),
+            "fgm": FGM(words, eps=0.5),
+            "awp": AWP(matrices, everything=list(model.parameters()), lr=0.1, eps=0.1, add_clean=True),
+        }[attack]
+        object.__setattr__(parts, "adversary", adversary)
+        assert fit(parts, TrainState()).step == 10
+        found.append(weights(model))
+    assert scaler.get_scale() > 2.0**12, "the scale grew on the way"
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_the_log_has_losses_rates_and_scores(ready: Callable[..., tuple[Parts, TextModel]], tmp_path: Path) -> None:
