@@ -19,7 +19,7 @@ def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the module the studies share, imported as they do."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield import_module("clear600")
-    for name in ("clear600", "poolers", "multitask"):
+    for name in ("clear600", "poolers", "multitask", "rows"):
         sys.modules.pop(name, None)
 
 
@@ -57,12 +57,13 @@ def test_scores_are_pooled_over_rows_and_gains_paired(studies: Any, study: Any) 
 
 
 def test_the_latest_row_wins(studies: Any, tmp_path: Path) -> None:
+    rows = import_module("rows")
     file = tmp_path / "rows.jsonl"
-    assert studies.read_rows(file) == []
-    studies.note(file, ROWS[0])
-    studies.note(file, row("plain", 1, 0, 0.9, 0.9))
-    studies.note(file, "plain: refused because")
-    assert [line["squared_best"] for line in studies.read_rows(file)] == [4 * 0.9**2]
+    keys = studies.KEYS
+    assert studies.read_rows(file, *keys) == []
+    for made in (ROWS[0], row("plain", 1, 0, 0.9, 0.9), "plain: refused because"):
+        rows.note(file, made, studies.describe)
+    assert [line["squared_best"] for line in studies.read_rows(file, *keys)] == [4 * 0.9**2]
     assert len(file.read_text().splitlines()) == 2
 
 
@@ -84,7 +85,7 @@ def test_the_picture_is_written(rows: list[dict[str, Any]], studies: Any, study:
 @pytest.mark.parametrize("name", ["poolers", "multitask"])
 def test_committed_tables_are_those_of_the_committed_rows(name: str, studies: Any) -> None:
     own = import_module(name).STUDY
-    rows = studies.read_rows(own.rows)
+    rows = studies.read_rows(own.rows, *studies.KEYS)
     if not rows:
         pytest.skip(f"no rows of {name} are committed yet")
     assert {row["variant"] for row in rows} <= set(own.variants)
@@ -113,3 +114,27 @@ def test_the_cost_of_a_pooler_is_its_time_over_that_of_mean_whichever_goes_first
     assert cost.ratios(None, "it", "mean", None, None, rounds=3) == [1.5, 1.5, 1.5]
     assert order == ["mean", "it", "it", "mean", "mean", "it", "it", "mean"]
     assert cost.ratios(None, "mean", "mean", None, None, rounds=2) == [1.0, 1.0]
+
+
+def test_the_baseline_of_multitask_is_that_of_the_poolers(
+    studies: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comp import config_file
+
+    multitask, poolers = import_module("multitask"), import_module("poolers")
+    base = studies.ROOT / "configs" / "clear-minilm.yaml"
+    same = [study.variants[study.baseline] for study in (multitask.STUDY, poolers.STUDY)]
+    assert len({config_file.load(base, [*studies.SETTINGS, *own]).model_dump_json() for own in same}) == 1
+    monkeypatch.setattr(import_module("rows"), "RESULTS", tmp_path)
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
+    made = [{**row("mean", seed, 0, 0.5, 0.6), "commit": "abc"} for seed in (1, 2)]
+    (tmp_path / "poolers.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*made, row("max", 1, 0, 1, 1)])
+    )
+    for _ in range(2):
+        multitask.take_over()
+        found = studies.read_rows(multitask.STUDY.rows, *studies.KEYS)
+        assert [(line["variant"], line["seed"], line["commit"]) for line in found] == [
+            ("target alone", 1, "abc"), ("target alone", 2, "abc"),
+        ]  # fmt: skip
+        assert len((tmp_path / "multitask.jsonl").read_text().splitlines()) == 2

@@ -8,22 +8,14 @@ nothing. The report pairs each variant with the baseline on the same seed and fo
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-DATA = ROOT.parent / "shared" / "data" / "clear" / "train.csv"
-WORK = Path(tempfile.gettempdir()) / "comp-studies"
+from rows import RESULTS, ROOT, WORK, Row, read_rows, spread_rows, train_all
 
 NUM_ROWS, SEEDS, FOLDS = 600, (1, 2), 3
 SETTINGS = [
@@ -39,8 +31,7 @@ SETTINGS = [
     "evaluation.start_percent=0",
     "tracking.wandb=off",
 ]
-AT_A_TIME = 24  # jobs of one set of processes: what their memory gathers is given back (max_tasks_per_child deadlocks)
-Row = dict[str, Any]
+KEYS = ("variant", "seed", "fold")
 
 
 @dataclass(frozen=True)
@@ -70,20 +61,12 @@ class Study:
 
 def prepare() -> None:
     """Write the 600 rows, spread evenly over the sorted target, and their folds, into a folder outside the project."""
-    import pandas as pd
-
     from comp import config_file
     from comp.data.folds import get_or_make_folds
     from comp.data.tables import read_competition
 
-    if not DATA.exists():
-        sys.exit(f"{DATA} not found: the study needs the CLEAR corpus in Kaggle's CommonLit format")
-    frame = pd.read_csv(DATA)
-    places = [round(i * (len(frame) - 1) / (NUM_ROWS - 1)) for i in range(NUM_ROWS)]
     WORK.mkdir(parents=True, exist_ok=True)
-    frame.sort_values(["target", "id"]).iloc[places].sample(frac=1, random_state=1).to_csv(
-        WORK / "train.csv", index=False
-    )
+    spread_rows(NUM_ROWS).to_csv(WORK / "train.csv", index=False)
     os.chdir(WORK)
     config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", SETTINGS)
     table, _, _ = read_competition(config.competition, config.tasks)
@@ -136,49 +119,21 @@ def run(study: Study, jobs: int) -> None:
     """Train what is missing, all variants with the first seed before the second."""
     prepare()
     chosen = study.variants
-    known = {(row["variant"], row["seed"], row["fold"]) for row in read_rows(study.rows)}
+    known = {tuple(row[key] for key in KEYS) for row in read_rows(study.rows, *KEYS)}
     todo = [(label, seed, fold) for seed in SEEDS for label in chosen for fold in range(FOLDS)]
     todo = [job for job in todo if job not in known]
     print(f"{len(known)} rows are there, {len(todo)} to train, {jobs} at a time", flush=True)
-    context = get_context("spawn")
-    for start in range(0, len(todo), AT_A_TIME):
-        part = todo[start : start + AT_A_TIME]
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=one_thread) as pool:
-            futures = [pool.submit(train, label, chosen[label], seed, fold) for label, seed, fold in part]
-            for future in as_completed(futures):
-                note(study.rows, future.result())
+    full = [(label, chosen[label], seed, fold) for label, seed, fold in todo]
+    train_all(train, full, study.rows, jobs=jobs, describe=describe)
 
 
-def note(file: Path, row: Row | str) -> None:
-    """Append a row, or say why there is none."""
-    if isinstance(row, str):
-        print(f"refused: {row}", flush=True)
-        return
-    RESULTS.mkdir(exist_ok=True)
-    with open(file, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row) + "\n")
+def describe(row: Row) -> str:
+    """Return the line that is printed when a row is there."""
     score = (row["squared_best"] / row["rows"]) ** 0.5
-    where = f"{row['variant']} seed {row['seed']} fold {row['fold']}"
-    print(f"{where}: RMSE {score:.4f}, {row['seconds']:.0f} s", flush=True)
-
-
-def one_thread() -> None:
-    """Give a worker one thread (two processes of one thread train more than one of two) and no progress lines."""
-    import torch
-
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
+    return f"{row['variant']} seed {row['seed']} fold {row['fold']}: RMSE {score:.4f}, {row['seconds']:.0f} s"
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
-
-
-def read_rows(file: Path) -> list[Row]:
-    """Return the finished rows, the latest of each (variant, seed, fold)."""
-    if not file.exists():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return list({(row["variant"], row["seed"], row["fold"]): row for row in rows}.values())
 
 
 def rmse(rows: Iterable[Row], kind: str) -> float:
@@ -294,7 +249,7 @@ def main(study: Study, about: str) -> None:
     options = parser.parse_args()
     if not options.report:
         run(study, options.jobs)
-    rows = read_rows(study.rows)
+    rows = read_rows(study.rows, *KEYS)
     if not any(row["variant"] == study.baseline for row in rows):
         sys.exit(f"no rows of '{study.baseline}' in {study.rows}; run `{study.command}` first")
     (RESULTS / f"{study.name}.md").write_text(table(study, rows), encoding="utf-8")
