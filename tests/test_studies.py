@@ -19,7 +19,7 @@ def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the module the studies share, imported as they do."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield import_module("clear600")
-    for name in ("clear600", "poolers", "multitask", "rows"):
+    for name in ("clear600", "poolers", "multitask", "stability", "rows"):
         sys.modules.pop(name, None)
 
 
@@ -138,3 +138,102 @@ def test_the_baseline_of_multitask_is_that_of_the_poolers(
             ("target alone", 1, "abc"), ("target alone", 2, "abc"),
         ]  # fmt: skip
         assert len((tmp_path / "multitask.jsonl").read_text().splitlines()) == 2
+
+
+# --- stability -------------------------------------------------------------------------------------------------------
+
+
+def few(stability: Any, label: str, seed: int, score: float, overrides: list[str], seconds: float = 10.0) -> Any:
+    made = {"variant": label, "overrides": overrides, "seed": seed, "selection": score, "cpu_seconds": seconds}
+    return made if seed == stability.TRIAL_SEED else {**made, "rmse": score + 0.1}
+
+
+@pytest.fixture
+def stability(studies: Any) -> Any:
+    return import_module("stability")
+
+
+@pytest.fixture
+def few_rows(stability: Any) -> list[dict[str, Any]]:
+    """Trials that choose the second rate for plain and the third decay for llrd, two seeds of each, stale ones too."""
+    rates, decays = stability.VARIANTS["plain"].candidates, stability.VARIANTS["llrd"].candidates
+    plain = list(rates[1])
+    trial = stability.TRIAL_SEED
+    rows = [few(stability, "plain", trial, score, list(one)) for one, score in zip(rates, (0.8, 0.6, 0.7), strict=True)]
+    tried = [
+        few(stability, "llrd", trial, score, [*plain, *one]) for one, score in zip(decays, (0.6, 0.7, 0.5), strict=True)
+    ]
+    rows += [
+        *tried,
+        few(stability, "llrd", 1, 0.1, [*plain, *decays[0]]),
+        few(stability, "plain", 1, 0.1, list(rates[0])),
+    ]
+    for seed, before, after in ((1, 0.5, 0.45), (2, 0.7, 0.55)):
+        rows.append(few(stability, "plain", seed, before, plain))
+        rows.append(few(stability, "llrd", seed, after, [*plain, *decays[2]], 15.0))
+    return rows
+
+
+def test_the_rows_to_choose_by_choose_and_the_others_score(stability: Any, few_rows: list[dict[str, Any]]) -> None:
+    best, plain = stability.summary(few_rows)
+    assert (best["variant"], plain["variant"]) == ("llrd", "plain")
+    assert best["scores"] == pytest.approx([0.55, 0.65]) and plain["scores"] == pytest.approx([0.6, 0.8])
+    assert best["gain"] == pytest.approx(100 * 0.1 / 0.7)
+    assert best["error"] == pytest.approx(100 * np.std([0.05, 0.15], ddof=1) / 2**0.5 / 0.7)
+    assert (best["steadier"], best["worst"], best["cost"]) == pytest.approx((0.5, 0.65, 1.5))
+    assert best["selection"] == pytest.approx(0.5)
+
+
+def test_a_stop_loses_nothing_and_the_choice_goes_on(
+    stability: Any, few_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run with trainings made up: trials of plain first, then of the rest on top of its choice, then the seeds."""
+    file, called = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(stability, "ROWS", file)
+    monkeypatch.setattr(stability, "prepare", lambda: None)
+
+    def train_all(call: Any, todo: Any, file: Path, **_: Any) -> None:
+        for label, overrides, _weights, seed in todo:
+            called.append((label, seed))
+            if len(called) == 50:
+                raise KeyboardInterrupt
+            score = 0.5 + seed / 1000 - 0.01 * ("optimizer.lr=0.0002" in overrides)
+            made = few(stability, label, seed, score, list(overrides))
+            import_module("rows").note(file, made, stability.describe)
+
+    monkeypatch.setattr(stability, "train_all", train_all)
+    with pytest.raises(KeyboardInterrupt):
+        stability.run(1)
+    stability.run(1)
+    rows = stability.known()
+    counts = {label: sum(row["variant"] == label and "rmse" in row for row in rows) for label in stability.VARIANTS}
+    assert set(counts.values()) == {8}
+    assert len(called) == len(rows) + 1, "only the interrupted one was trained again"
+    assert all(row["overrides"][0] == "optimizer.lr=0.0002" for row in rows if row["variant"] != "plain")
+    assert stability.table(rows).count("\n| ") == len(stability.VARIANTS) + 1
+
+
+def test_the_pictures_of_few_samples_are_written(
+    stability: Any, few_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, of the extra `dev`, is not installed")
+    stability.picture(few_rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5_000
+
+
+def test_every_candidate_is_a_valid_config(stability: Any) -> None:
+    from comp import config_file
+
+    base = stability.ROOT / "configs" / "clear-minilm.yaml"
+    for variant in stability.VARIANTS.values():
+        for candidate in variant.candidates:
+            config = config_file.load(base, [*stability.SETTINGS, "training.seed=1", *candidate])
+            assert (config.stability.averaging.name == "none") == (variant.weights == "best")
+
+
+def test_the_committed_table_of_few_samples_is_that_of_the_committed_rows(stability: Any) -> None:
+    rows = stability.known()
+    page = stability.RESULTS / "stability.md"
+    if not page.exists():
+        pytest.skip("the stability study has no report yet")
+    assert page.read_text(encoding="utf-8") == stability.table(rows)

@@ -76,4 +76,4 @@ def read_rows(file: Path, *keys: str) -> list[Row]:
     if not file.exists():
         return []
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return list({tuple(row[key] for key in keys): row for row in rows}.values())
+    return list({json.dumps([row[key] for key in keys]): row for row in rows}.values())
