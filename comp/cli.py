@@ -36,12 +36,16 @@ def train(
     run: Annotated[str | None, typer.Option(help="Name of the run; default: the config file's.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="64 rows, one fold, one epoch, tracking off.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Train the folds anew, finished ones too.")] = False,
+    save_every: Annotated[
+        str, typer.Option(help="auto (at evaluations), evaluation, never, '10 minutes', '200 steps': to go on from.")
+    ] = "auto",
     seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
 ) -> None:
     """Train the folds that are not finished yet, and score them."""
     from comp import config_file
     from comp.training import crossval
     from comp.training.seeds import parse_seeds, run_seeds
+    from comp.training.trainer import Stopped
 
     file = config_file.find(config)
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
@@ -49,17 +53,20 @@ def train(
     if debug:
         if getattr(loaded.schedule, "warmup_steps", None):  # meant for a whole run, longer than this one
             loaded = config_file.load(file, [*(overrides or []), *DEBUG, "schedule.warmup_steps=1"])
-        name, restart = f"{name}-debug", True
+        name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
     try:
         if seeds is None:
-            crossval.run(loaded, name, fold, restart=restart)
+            crossval.run(loaded, name, fold, restart=restart, save_every=save_every)
         else:
-            run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart)
+            run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart, save_every=save_every)
+    except Stopped as stopped:
+        print(f"comp: {stopped}, and saved; the same command goes on from there")
+        raise typer.Exit(128 + stopped.signal) from None
     except KeyboardInterrupt:
-        print(f"comp: stopped; finished folds of runs/{name} are kept, the same command goes on with the next one")
+        print(f"comp: stopped; the same command goes on from what runs/{name} has saved")
         raise typer.Exit(130) from None
 
 

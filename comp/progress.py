@@ -40,12 +40,17 @@ class Progress(NullProgress):
         self._bar.close()
 
 
-def open_progress(total: int, label: str, unit: str = "step") -> NullProgress:
-    """Open a bar over `total` units; in a log file it prints a line every 30 seconds at most. tqdm absent = silent."""
+def open_progress(total: int, label: str, unit: str = "step", done: int = 0) -> NullProgress:
+    """Open a bar over `total` units, `done` of them before now; without tqdm it is silent.
+
+    In a log file it prints a line every 30 seconds at most.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         return NullProgress()
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    bar = tqdm(total=total, desc=label, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True)
+    bar = tqdm(
+        initial=done, total=total, desc=label, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True
+    )
     return Progress(bar)

@@ -1,7 +1,7 @@
 """What a run folder holds: its paths, atomic writes, fingerprints of data, folds, config and code.
 
 runs/NAME/  config.yaml  manifest.json  backbone/ (config + tokenizer, no weights)
-            foldK/{best.safetensors, last.safetensors, metrics.jsonl, oof.parquet, done.json}
+            foldK/{best.safetensors, last.safetensors, metrics.jsonl, oof.parquet, done.json}; state.pt until then
             oof.parquet  scores.json
 """
 
@@ -146,6 +146,10 @@ class RunFolder:
         )
         return [*numbers, *(["full"] if self.fold("full").done.exists() else [])]
 
+    def begun_folds(self) -> list[str]:
+        """Return the folders of folds that can go on from a saved state."""
+        return sorted(path.name for path in self.path.glob("f*") if FoldFolder(path).begun)
+
 
 class FoldFolder:
     """The paths inside one fold's folder."""
@@ -159,6 +163,18 @@ class FoldFolder:
         self.oof = path / "oof.parquet"
         self.groups = path / "groups.txt"
         self.done = path / "done.json"
+        self.state = path / "state.pt"
+        self.state_before = path / "state.before.pt"
+
+    @property
+    def begun(self) -> bool:
+        """True when a state of unfinished training is there."""
+        return not self.done.exists() and (self.state.exists() or self.state_before.exists())
+
+    def drop_state(self) -> None:
+        """Remove the state, of no use once the fold is finished."""
+        for path in (self.state, self.state_before):
+            path.unlink(missing_ok=True)
 
 
 def newest_finished(root: Path = RUNS) -> Path:
@@ -184,7 +200,7 @@ def claim(
 
     `marks`: fingerprints of the data and, where there are any, of the folds. `about`: what else manifest.json says.
     `restart`: folds to forget; when config, data or folds have changed, a restart forgets the whole run. Raises
-    ValueError when finished folds came from something else. `tracking` may change freely.
+    ValueError when finished or begun folds came from something else. `tracking` may change freely.
     """
     plain = config.model_copy(update={"tracking": Tracking()})
     marks = {"config": digest([config_file.dump(plain)]), **marks}
@@ -193,7 +209,7 @@ def claim(
     changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
     if changed and restart:
         shutil.rmtree(folder.path)
-    elif changed and folder.finished_folds():
+    elif changed and (folder.finished_folds() or folder.begun_folds()):
         detail = _difference(folder.config, config) if "config" in changed else ""
         raise ValueError(
             f"{folder.path} was made from another {' and another '.join(changed)}{detail}; name a new run with --run, "

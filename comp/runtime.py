@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,15 @@ from comp.doctor import cpu_has_bf16, kernel_fault
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Runtime", "open_runtime", "release_memory", "seed_everything"]
+__all__ = [
+    "Runtime",
+    "Stopper",
+    "open_runtime",
+    "random_state",
+    "release_memory",
+    "seed_everything",
+    "set_random_state",
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,57 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries under us still draw from the global generator)
     torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of every generator a run draws from, as what torch.load reads with weights_only."""
+    import torch
+
+    name, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    assert isinstance(keys, np.ndarray)
+    found = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), int(place), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+    }
+    return {**found, "cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else found
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set every generator to what `random_state` returned; of GPUs only as many as there are."""
+    import torch
+
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    for device, own in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(own, device)
+
+
+class Stopper:
+    """Turns the first SIGTERM or Ctrl-C inside the block into `signal`, which the loop heeds after its step.
+
+    A second Ctrl-C acts at once. Outside the main thread, where signals cannot be taken, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stopper:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
 
 
 def release_memory() -> None:

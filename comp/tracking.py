@@ -44,6 +44,9 @@ class Tracker(Protocol):
     def summary(self, values: Mapping[str, Any]) -> None:
         """Record the values that stand for the whole run."""
 
+    def mark(self) -> dict[str, Any]:
+        """Return what `open_tracker` needs to go on from here."""
+
     def finish(self) -> None:
         """Write out everything and let go; nothing may be logged afterwards."""
 
@@ -56,6 +59,9 @@ class NullTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         pass
+
+    def mark(self) -> dict[str, Any]:
+        return {}
 
     def finish(self) -> None:
         pass
@@ -78,13 +84,13 @@ class JsonlTracker:
     """Appends one JSON object a line: `{"time", "step", **values}`, at the end `{"time", "summary": {...}}`.
 
     Each line is flushed, so that a killed run keeps what it logged; half a line that a kill left is cut off
-    when the file is opened again. A resumed run goes on in the same file.
+    when the file is opened again. A resumed run goes on in the same file, after its first `keep` bytes (None = all).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            whole = path.read_bytes().rfind(b"\n") + 1
+            whole = path.read_bytes()[:keep].rfind(b"\n") + 1
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
         self.path = path
@@ -99,6 +105,9 @@ class JsonlTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._write({"time": now(), "summary": dict(values)})
+
+    def mark(self) -> dict[str, Any]:
+        return {"metrics_bytes": self.path.stat().st_size}
 
     def finish(self) -> None:
         self._file.close()
@@ -119,6 +128,9 @@ class WandbTracker:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.run.summary.update(dict(values))
+
+    def mark(self) -> dict[str, Any]:
+        return {"wandb_id": str(self.run.id)}
 
     def finish(self) -> None:
         try:
@@ -151,6 +163,11 @@ class Trackers:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._each("summary", lambda tracker: tracker.summary(values))
+
+    def mark(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        self._each("mark", lambda tracker: found.update(tracker.mark()))
+        return found
 
     def finish(self) -> None:
         self._each("finish", lambda tracker: tracker.finish())
@@ -285,15 +302,18 @@ def open_tracker(
     metrics_path: Path,
     config_dict: Mapping[str, Any],
     job_type: str = "train",
+    mark: Mapping[str, Any] | None = None,
 ) -> Tracker:
     """Return the tracker of one fold: `metrics_path` as JSON lines, and one W&B run unless that is off.
 
     The W&B run is `<run_name>-fold<k>` (or `<run_name>-full`), its group `tracking.group` or `run_name`,
     its project `tracking.project` or `competition`; `config_dict` is its config. W&B's files go to
-    `folder`/wandb. Raises ValueError when `tracking.wandb` asks for what is not there.
+    `folder`/wandb. `mark`: of the tracker of an earlier sitting, to go on with. Raises ValueError when
+    `tracking.wandb` asks for what is not there.
     """
     mode, _ = wandb_mode(tracking.wandb)
-    trackers: list[Tracker] = [JsonlTracker(metrics_path)]
+    mark = mark or {}
+    trackers: list[Tracker] = [JsonlTracker(metrics_path, mark.get("metrics_bytes"))]
     if mode != "off":
         started = _start_wandb(
             mode,
@@ -304,6 +324,7 @@ def open_tracker(
             job_type=job_type,
             tags=list(tracking.tags),
             config=dict(config_dict),
+            **({"id": mark["wandb_id"], "resume": "allow"} if "wandb_id" in mark else {}),
         )
         trackers.append(started)
     return Trackers(trackers)

@@ -73,6 +73,7 @@ LAYERS = {
     "training/checkpoint.py": 3,
     "training/cadence.py": 3,
     "training/trainer.py": 3,
+    "training/resume.py": 3,
     "training/held_out.py": 3,
     "training/objective.py": 3,
     "training/oof.py": 3,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ def parts_of(
         "evaluate": lambda: 0.0,
         "others": dict,
         "showing": nullcontext,
-        "keep_best": lambda: None,
+        "keep_best": lambda step: None,
+        "saver": SimpleNamespace(due=lambda step, evaluated: False),
+        "stop_asked": lambda: None,
         "is_better": partial(is_better, config.metric),
         "cadence": Never(),
         "tracker": NullTracker(),
@@ -209,7 +212,7 @@ def test_best_is_kept_ties_do_not_count_and_patience_stops(ready: Callable[..., 
     parts, _ = ready(
         cadence=Cadence(100, interval=1),
         evaluate=lambda: next(scores),
-        keep_best=lambda: kept.append(state.step),
+        keep_best=kept.append,
         patience=2,
         epochs=20,
     )

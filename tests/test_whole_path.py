@@ -149,12 +149,12 @@ def test_finished_folds_are_skipped_and_restart_trains_them_again(setup: Setup) 
     assert Path("runs/tiny/fold0/done.json").stat().st_mtime_ns > first
 
 
-def test_an_unfinished_fold_starts_anew(setup: Setup) -> None:
+def test_an_unfinished_fold_without_a_state_starts_anew(setup: Setup) -> None:
     config, _ = setup()
     run(config, folds="0")
     Path("runs/tiny/fold0/done.json").unlink()
     run(config, folds="0")
-    assert "fold 0: was not finished, starts anew" in SAID
+    assert "fold 0: was not finished and left no state to go on from, starts anew" in SAID
 
 
 def test_another_config_or_other_data_never_mix_into_a_run(setup: Setup) -> None:

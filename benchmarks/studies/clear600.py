@@ -89,7 +89,7 @@ def train(label: str, variant: Sequence[str], seed: int, fold: int) -> Row | str
     shutil.rmtree(folder.path, ignore_errors=True)
     try:
         config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", overrides)
-        crossval.run(config, name, str(fold), say=lambda line: None)
+        crossval.run(config, name, str(fold), save_every="never", say=lambda line: None)
     except ValueError as refusal:
         return f"{label}: {refusal}"
     frame = pd.read_parquet(folder.fold(fold).oof)

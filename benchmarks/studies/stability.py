@@ -134,7 +134,7 @@ def train(label: str, overrides: Sequence[str], weights: str, seed: int) -> Row 
             ROOT / "configs" / "clear-minilm.yaml", [*SETTINGS, f"training.seed={seed}", *overrides]
         )
         started = time.process_time()
-        crossval.run(config, name, "0", say=lambda line: None)
+        crossval.run(config, name, "0", save_every="never", say=lambda line: None)
         seconds = time.process_time() - started
     except ValueError as refusal:
         return f"{label}: {refusal}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,13 @@ class NoAverager:
     def finish(self, evaluate: Callable[[], float] | None) -> None:
         """Make the average at the end of training; `evaluate` scores the weights in the model."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Put the average into the model; its own weights come back bit by bit."""
@@ -50,6 +58,13 @@ class _Averager(NoAverager):
     @property
     def ready(self) -> bool:  # type: ignore[override]
         return bool(self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict["average"]
+        self.average = [t.to(p.device) for p, t in zip(self.params, saved, strict=True)] if saved else []
 
     def present(self) -> Tensors:
         """Return copies of the model's trained weights, float32."""
@@ -83,6 +98,13 @@ class SWA(_Averager):
     def __init__(self, model: nn.Module, *, start: int, interval: int) -> None:
         super().__init__(model)
         self.start, self.interval, self.count = start, interval, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": self.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.count = state_dict["count"]
 
     def update(self, step: int) -> None:
         if step < self.start or (step - self.start) % self.interval:
@@ -119,6 +141,13 @@ class Soup(_Averager):
         self.size, self.greedy, self.is_better = size, greedy, is_better
         self.ingredients: list[tuple[float, Tensors]] = []
         """Best first."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "ingredients": self.ingredients}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.ingredients = list(state_dict["ingredients"])
 
     def evaluated(self, step: int, score: float) -> None:
         place = next(

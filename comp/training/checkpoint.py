@@ -5,21 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from comp.runs import write_atomic
 
-__all__ = ["load_weights", "save_weights"]
+__all__ = ["load_weights", "save_weights", "step_of"]
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Write parameters and persistent buffers; the old file stays until the new one is whole."""
+def save_weights(path: Path, model: nn.Module, *, step: int | None = None) -> None:
+    """Write parameters and persistent buffers, and of which `step` they are; the old file stays until it is whole."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     # Tied weights are one tensor under two names, which safetensors refuses: keep the first, loading ties them again.
     seen: dict[int, str] = {}
     unique = {name: t for name, t in state.items() if seen.setdefault(t.data_ptr(), name) == name or not t.numel()}
-    write_atomic(path, lambda temporary: save_file(unique, temporary, metadata={"format": "pt"}))
+    # One entry only: safetensors writes several in an order of its own, and files of equal weights would differ.
+    about = {"format": "pt"} if step is None else {"step": str(step)}
+    write_atomic(path, lambda temporary: save_file(unique, temporary, metadata=about))
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that `save_weights` wrote into a file, or None where there is none."""
+    with safe_open(path, "pt") as file:
+        step = (file.metadata() or {}).get("step")
+    return None if step is None else int(step)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

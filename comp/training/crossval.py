@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from comp.optim.lookahead import Lookahead
 from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
 from comp.runs import RunFolder, claim, write_json, write_text
-from comp.runtime import Runtime, open_runtime, release_memory, seed_everything
+from comp.runtime import Runtime, Stopper, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
 from comp.stability.consistency import twice
@@ -47,6 +46,7 @@ from comp.training.cadence import Cadence, Never
 from comp.training.checkpoint import save_weights
 from comp.training.held_out import HeldOut
 from comp.training.objective import Objective
+from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
 __all__ = ["parse_folds", "run"]
@@ -68,6 +68,7 @@ class Plan:
     tokenizer: Any
     encoded: Encoded
     runtime: Runtime
+    save_every: SaveEvery
     say: Say
 
 
@@ -83,12 +84,22 @@ def parse_folds(text: str, num_folds: int) -> list[Fold]:
     return [int(part) for part in parts]
 
 
-def run(config: Config, name: str, folds: str = "all", *, restart: bool = False, say: Say = print) -> oof.Scores | None:
+def run(
+    config: Config,
+    name: str,
+    folds: str = "all",
+    *,
+    restart: bool = False,
+    save_every: str = "auto",
+    say: Say = print,
+) -> oof.Scores | None:
     """Train the folds of a run that are not finished yet, then gather and score all finished ones.
 
-    `say` takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
-    ValueError, before any training, for whatever does not fit.
+    `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`). `say`
+    takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
+    ValueError, before any training, for whatever does not fit; Stopped after SIGTERM or Ctrl-C, the state saved.
     """
+    every = parse_save_every(save_every)
     wanted = parse_folds(folds, config.folds.num_folds)
     if wanted == ["full"] and config.stability.averaging.name == "soup":
         raise ValueError(
@@ -111,7 +122,7 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
     about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
     claim(folder, config, marks, about, restart=wanted if restart else [])
-    plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, say)
+    plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, every, say)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
     if encoded.num_windowed:
         say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
@@ -120,9 +131,11 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
         say(f"{encoded.num_cut:,} texts ({share:.1%}) are cut at model.max_length {config.model.max_length} tokens")
     for fold in wanted:
         if folder.fold(fold).done.exists():
+            folder.fold(fold).drop_state()  # where a kill came just before that
             say(f"fold {fold}: finished before, skipped (--restart trains it again)")
         else:
-            train_fold(plan, fold)
+            with Stopper() as stopper:
+                train_fold(plan, fold, stopper)
             release_memory()
     return _score(plan)
 
@@ -130,13 +143,13 @@ def run(config: Config, name: str, folds: str = "all", *, restart: bool = False,
 # --- one fold --------------------------------------------------------------------------------------------------------
 
 
-def train_fold(plan: Plan, fold: Fold) -> None:
-    """Train one fold from seed to done.json."""
+def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
+    """Train one fold from seed, or from its saved state, to done.json."""
     config, table, runtime = plan.config, plan.table, plan.runtime
     folder = plan.folder.fold(fold)
-    started = time.perf_counter()
-    if folder.path.exists():
-        plan.say(f"fold {fold}: was not finished, starts anew")
+    saved = read_state(folder, plan.say)
+    if saved is None and folder.path.exists():
+        plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
     training, held_out = _rows(plan, fold)
     if fold != "full" and not len(held_out):
@@ -145,6 +158,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     seed_everything(config.training.seed)
     model, fresh = _model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
+    start = start_digest(model)
     model.to(runtime.device)
     save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
@@ -190,9 +204,19 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         folder=folder.path,
         metrics_path=folder.metrics,
         config_dict=config.model_dump(mode="json"),
+        mark=saved["tracker"] if saved else None,
     )
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
-    progress = open_progress(num_steps, f"fold {fold}")
+    scaler = runtime.grad_scaler()
+    saver = Saver(
+        folder,
+        {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
+        start=start,
+        mark=tracker.mark,
+        every=plan.save_every,
+        seconds=saved["seconds"] if saved else 0.0,
+    )
+    progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
         config.tasks, table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
@@ -201,7 +225,7 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         model=model,
         optimizer=optimizer,
         schedule=schedule,
-        scaler=runtime.grad_scaler(),
+        scaler=scaler,
         autocast=runtime.autocast,
         device=runtime.device,
         windows=partial(_windows, plan, training),
@@ -217,6 +241,8 @@ def train_fold(plan: Plan, fold: Fold) -> None:
         showing=showing,
         is_better=partial(is_better, config.metric),
         cadence=_cadence(config, num_steps, steps_per_epoch) if fold != "full" else Never(),
+        saver=saver,
+        stop_asked=lambda: stopper.signal,
         tracker=tracker,
         progress=progress,
         epochs=config.training.epochs,
@@ -227,13 +253,20 @@ def train_fold(plan: Plan, fold: Fold) -> None:
     )
     plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
-        state = fit(parts, TrainState())
+        state = TrainState() if saved is None else saver.restore(saved)
+        if saved is not None:
+            plan.say(f"fold {fold}: goes on after step {state.step}")
+        state = fit(parts, state)
         with showing():
             save_weights(folder.last, model)
         averaged = _average(averager, held if fold != "full" else None, folder.averaged, model)
         if fold != "full":
+            settled = held.settle(state.best_step)
+            if settled is not None:
+                state.best_step, state.best_score = settled
+                plan.say(f"fold {fold}: the best weights are those of step {state.best_step}, from before the stop")
             held.write(folder.oof, int(fold))
-        summary = _summary(state, averaged, time.perf_counter() - started)
+        summary = _summary(state, averaged, saver.seconds)
         tracker.summary(summary)
     finally:
         progress.close()
@@ -244,7 +277,8 @@ def train_fold(plan: Plan, fold: Fold) -> None:
             f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
             f"last {state.last_score:.5f}, {also}{state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
         )
-    write_json(folder.done, summary)  # last: a fold is finished when this file is there
+    write_json(folder.done, summary)  # a fold is finished when this file is there
+    folder.drop_state()
 
 
 def _summary(state: TrainState, averaged: float | None, seconds: float) -> dict[str, Any]:

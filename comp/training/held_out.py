@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from comp.config import Task
@@ -16,7 +18,7 @@ from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
 from comp.runtime import Runtime
 from comp.training import oof
-from comp.training.checkpoint import save_weights
+from comp.training.checkpoint import load_weights, save_weights, step_of
 from comp.training.predict import Predictions, predict
 
 __all__ = ["HeldOut"]
@@ -82,10 +84,41 @@ class HeldOut:
         }
         return {name: score for name, score in found.items() if score is not None}
 
-    def keep_best(self) -> None:
-        """Keep the latest predictions, and the weights that made them, as the best."""
+    def keep_best(self, step: int) -> None:
+        """Keep the latest predictions, and the weights that made them at `step`, as the best."""
         self.best = self.last
-        save_weights(self.best_path, self.model)
+        save_weights(self.best_path, self.model, step=step)
+
+    def settle(self, best_step: int) -> tuple[int, float] | None:
+        """Make sure that the best predictions are those of the best weights on disk.
+
+        A killed run may leave weights that are newer than its state; where going on does not repeat it bit by bit
+        (another machine), they stay. Then the model gets those weights, the rows are predicted anew, and their step
+        and score are returned.
+        """
+        step = step_of(self.best_path)
+        if step is None or step == best_step:
+            return None
+        load_weights(self.best_path, self.model)
+        self.best = self._predict()
+        return step, self._score(self.best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the predictions that the end of the fold needs."""
+        kept = {"best": self.best, "last": self.last}
+        return {
+            kind: {name: torch.from_numpy(values) for name, values in found.values.items()}
+            for kind, found in kept.items()
+            if found is not None
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        kept = {
+            kind: Predictions(self.ids[self.rows], {name: values.numpy() for name, values in found.items()})
+            for kind, found in state_dict.items()
+        }
+        self.best, self.last = kept.get("best"), kept.get("last")
 
     def write(self, path: Path, fold: int) -> None:
         """Write the fold's out-of-fold rows."""

@@ -81,6 +81,7 @@ def run_seeds(
     seeds: Sequence[int],
     *,
     restart: bool = False,
+    save_every: str = "auto",
     say: Callable[[str], None] = print,
 ) -> SeedScores | None:
     """Train runs/<name>-seed<s> for each seed on the same folds; print mean and spread; write runs/<name>.seeds.json.
@@ -91,7 +92,7 @@ def run_seeds(
     scores: dict[int, Scores] = {}
     for seed in seeds:
         own = config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
-        found = crossval.run(own, f"{name}-seed{seed}", folds, restart=restart, say=say)
+        found = crossval.run(own, f"{name}-seed{seed}", folds, restart=restart, save_every=save_every, say=say)
         if found is not None:
             scores[seed] = found
     if not scores:

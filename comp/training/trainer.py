@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from comp.data.batches import Batch
 from comp.progress import NullProgress
 from comp.tracking import Tracker
 
-__all__ = ["NonFiniteError", "Parts", "TrainState", "fit"]
+__all__ = ["NonFiniteError", "Parts", "Stopped", "TrainState", "fit"]
 
 LOG_STEPS = 10  # losses stay on the device until then: reading one is a sync point
 
@@ -32,6 +32,14 @@ Outputs = dict[str, torch.Tensor]
 
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient became NaN or infinite; training cannot go on."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop after `step` by `signal`; its state is saved."""
+
+    def __init__(self, step: int, signal: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step, self.signal = step, signal
 
 
 class Adversary(Protocol):
@@ -48,6 +56,12 @@ class Averager(Protocol):
 
 class WhenToEvaluate(Protocol):
     def due(self, step: int, last_step: int, last_score: float | None) -> bool: ...
+
+
+class Saver(Protocol):
+    def due(self, step: int, evaluated: bool) -> bool: ...
+
+    def save(self, state: TrainState) -> None: ...
 
 
 @dataclass
@@ -67,6 +81,12 @@ class TrainState:
     last_eval_step: int = 0
     evaluations_since_best: int = 0
     stopped_early: bool = False
+    window: int = 0
+    """Windows of the present epoch done."""
+    unlogged: list[tuple[int, float, float, float]] = field(default_factory=list)
+    """(step, loss, gradient norm, learning rate) of the steps no log line covers yet; set when the state is saved."""
+    unlogged_tokens: int = 0
+    """Real tokens of those steps."""
     train_seconds: float = 0.0
     """Time in training steps."""
     eval_seconds: float = 0.0
@@ -101,12 +121,15 @@ class Parts:
     """Score the held-out rows; NaN when the predictions are not finite."""
     others: Callable[[], dict[str, float]]
     """More scores of the same predictions, to be logged only."""
-    keep_best: Callable[[], None]
-    """Keep the present weights, and the predictions just made, as the best."""
+    keep_best: Callable[[int], None]
+    """Keep the present weights, and the predictions just made, as the best; with the step they are of."""
     showing: Callable[[], AbstractContextManager[Any]]
     """Puts the weights that stand for the model into it: Lookahead's slow ones; nothing for most optimizers."""
     is_better: Callable[[float, float | None], bool]
     cadence: WhenToEvaluate
+    saver: Saver
+    stop_asked: Callable[[], int | None]
+    """The signal by which the run shall stop after the present step, or None."""
     tracker: Tracker
     progress: NullProgress
     epochs: int
@@ -120,13 +143,14 @@ class Parts:
 def fit(parts: Parts, state: TrainState) -> TrainState:
     """Train from `state` to the last epoch, or until patience runs out.
 
-    Raises NonFiniteError when loss or gradient is not finite: the best weights kept so far stay as they are.
+    Raises NonFiniteError when loss or gradient is not finite: the best weights kept so far stay as they are. Raises
+    Stopped, the state saved, when that was asked for.
     """
     pulse = _Pulse(parts, state)
     parts.model.train()
     parts.optimizer.zero_grad(set_to_none=True)
     while state.epoch < parts.epochs and not state.stopped_early:
-        for window in parts.windows(state.epoch):
+        for window in parts.windows(state.epoch)[state.window :]:
             lr = _set_rates(parts, state.step)
             loss = _backward(parts, state, window)
             _attack(parts, state, window)
@@ -135,17 +159,32 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
             parts.scaler.update()
             parts.optimizer.zero_grad(set_to_none=True)
             state.step += 1
+            state.window += 1
             parts.averager.update(state.step)
             pulse.beat(loss, norm, lr)
-            if parts.cadence.due(state.step, state.last_eval_step, state.last_score):
+            evaluated = parts.cadence.due(state.step, state.last_eval_step, state.last_score)
+            if evaluated:
                 pulse.read()
                 _evaluate(parts, state, pulse)
-                if parts.patience is not None and state.evaluations_since_best >= parts.patience:
-                    state.stopped_early = True
-                    break
-        state.epoch += 1
+                state.stopped_early = parts.patience is not None and state.evaluations_since_best >= parts.patience
+            _save(parts, state, pulse, evaluated)
+            if state.stopped_early:
+                break
+        state.epoch, state.window = state.epoch + 1, 0
     pulse.read()
     return state
+
+
+def _save(parts: Parts, state: TrainState, pulse: _Pulse, evaluated: bool) -> None:
+    """Save the state when that is due, and stop when that is asked for."""
+    stop = parts.stop_asked()
+    if stop is not None or parts.saver.due(state.step, evaluated):
+        started = time.perf_counter()
+        pulse.note()
+        parts.saver.save(state)
+        pulse.pause(time.perf_counter() - started)
+    if stop is not None:
+        raise Stopped(state.step, stop)
 
 
 def _set_rates(parts: Parts, step: int) -> float:
@@ -213,7 +252,7 @@ def _score(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
     parts.averager.evaluated(state.step, score)
     if parts.is_better(score, state.best_score):
         state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
-        parts.keep_best()
+        parts.keep_best(state.step)
     else:
         state.evaluations_since_best += 1
 
@@ -223,8 +262,11 @@ class _Pulse:
 
     def __init__(self, parts: Parts, state: TrainState) -> None:
         self.parts, self.state = parts, state
-        self.waiting: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
-        self.started, self.tokens = time.perf_counter(), state.num_tokens
+        self.waiting: list[tuple[int, torch.Tensor, torch.Tensor, float]] = [
+            (step, torch.tensor(loss, device=parts.device), torch.tensor(norm, device=parts.device), lr)
+            for step, loss, norm, lr in state.unlogged
+        ]
+        self.started, self.tokens = time.perf_counter(), state.num_tokens - state.unlogged_tokens
         self.scaled = parts.scaler.is_enabled()
         self.shown: dict[str, str] = {}
         self.lr = 0.0
@@ -234,6 +276,11 @@ class _Pulse:
         self.waiting.append((self.state.step, loss, norm, lr))
         if len(self.waiting) >= LOG_STEPS:
             self.read()
+
+    def note(self) -> None:
+        """Write what is not logged yet into the state: a run that goes on logs the lines of one that was not cut."""
+        self.state.unlogged = [(step, float(loss), float(norm), lr) for step, loss, norm, lr in self.waiting]
+        self.state.unlogged_tokens = self.state.num_tokens - self.tokens
 
     def pause(self, seconds: float) -> None:
         """Take an evaluation's time out of the training rate."""
