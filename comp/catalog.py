@@ -24,6 +24,8 @@ CATALOGUES: dict[str, str] = {
     "techniques": "comp.stability.techniques:TECHNIQUES",
     "schedules": "comp.optim.schedules:SCHEDULES",
     "splitters": "comp.data.splitters:SPLITTERS",
+    "blenders": "comp.blend.ensemble:BLENDERS",
+    "calibrators": "comp.blend.calibration:CALIBRATORS",
 }
 
 RowT = TypeVar("RowT")

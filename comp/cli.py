@@ -71,12 +71,48 @@ def train(
 
 
 @app.command()
+def oof() -> None:
+    """List the runs that have out-of-fold rows: scores, folds, seed, age, fold file."""
+    from comp.blend.members import list_runs
+
+    print("\n".join(list_runs()))
+
+
+@app.command()
+def blend(
+    run: Annotated[list[str], typer.Option(help="Run folder; repeatable.")],
+    method: Annotated[str, typer.Option(help="See `comp list blenders`.")] = "mean",
+    option: Annotated[list[str] | None, typer.Option(help="Of the method, key=value; repeatable.")] = None,
+    calibration: Annotated[str, typer.Option(help="See `comp list calibrators`.")] = "none",
+    rows: Annotated[str | None, typer.Option(help="Query over the training table, like \"source == 'web'\".")] = None,
+    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
+    name: Annotated[str, typer.Option(help="Name of the blend, a folder inside blends/.")] = "blend",
+) -> None:
+    """Fit a blend to the runs' out-of-fold rows; score it honestly; write blends/<name>/blend.json."""
+    from comp import config_file
+    from comp.blend.crossfit import Recipe, examine, write_blend
+    from comp.blend.members import gather
+
+    if Path(name).name != name or name.startswith("."):
+        raise ValueError(f"--name '{name}': a blend is named like a folder inside blends/, without slashes")
+    recipe = Recipe(method, config_file.parse_pairs(option or [], "--option"), calibration)
+    members = gather(run, weights=weights, rows=rows, any_folds=not recipe.fitted)
+    if members.dropped:
+        print(f"{members.dropped:,} rows are left out: not every run has them, or --rows does not want them")
+    parameters, report = examine(members, recipe)
+    print(report.table())
+    path = write_blend(Path("blends") / name, members, recipe, parameters, report)
+    print(f"wrote {path}; next: comp infer --blend {path.parent}")
+
+
+@app.command()
 def infer(
     run: Annotated[list[str] | None, typer.Option(help="Run folder; repeatable; default: the newest finished.")] = None,
+    blend: Annotated[str | None, typer.Option(help="Blend to apply, in place of --run: blends/<name>.")] = None,
     test: Annotated[str | None, typer.Option(help="Table to predict; default: the config's competition.test.")] = None,
-    out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run>.csv.")] = None,
+    out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run or blend>.csv.")] = None,
     fold: Annotated[str | None, typer.Option(help="full, or numbers like 0,2; default: all finished folds.")] = None,
-    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
+    weights: Annotated[str | None, typer.Option(help="best (the default), last, or averaged.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
 ) -> None:
     """Predict the test table with finished runs and write a checked submission."""
@@ -88,7 +124,14 @@ def infer(
         if fold != "full" and not all(part.strip().isdigit() for part in parts):
             raise ValueError(f"--fold '{fold}': allowed are full, or numbers like 0,2")
         folds = ["full"] if fold == "full" else [int(part) for part in parts]
-    write(run or [], test=test, out=out, folds=folds, weights=weights, precision=precision)
+    if blend is not None:
+        if run or weights:
+            raise ValueError("--blend says which runs and weights; leave out --run and --weights")
+        from comp.blend.crossfit import read_blend
+
+        write(blend=read_blend(blend), test=test, out=out, folds=folds, precision=precision)
+    else:
+        write(run or [], test=test, out=out, folds=folds, weights=weights or "best", precision=precision)
 
 
 @app.command()

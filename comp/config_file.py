@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from comp.catalog import nearest
 from comp.config import Config
 
-__all__ = ["ConfigError", "dump", "find", "load", "parse_yaml", "schema"]
+__all__ = ["ConfigError", "dump", "find", "load", "parse_pairs", "parse_yaml", "schema"]
 
 FOLDER = Path("configs")
 Keys = tuple[str | int, ...]
@@ -85,6 +85,17 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as fault:
         where = f"line {fault.problem_mark.line + 1}: " if fault.problem_mark else ""
         raise ValueError(f"{where}not valid YAML: {fault.problem or fault.context}") from None
+
+
+def parse_pairs(texts: Iterable[str], option: str) -> dict[str, Any]:
+    """Return "key=value" texts as a mapping, values as YAML. `option`: of the command line, for the message."""
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ValueError(f"{option} '{text}': wanted key=value")
+        pairs[key.strip()] = parse_yaml(value)
+    return pairs
 
 
 # --- the schema, walked along a dotted key ---------------------------------------------------------------------------

@@ -79,6 +79,11 @@ LAYERS = {
     "training/oof.py": 3,
     "training/crossval.py": 4,
     "training/seeds.py": 4,
+    "blend/__init__.py": 5,
+    "blend/ensemble.py": 5,
+    "blend/calibration.py": 5,
+    "blend/members.py": 5,
+    "blend/crossfit.py": 5,
     "ship/__init__.py": 6,
     "ship/infer.py": 6,
     "ship/submission.py": 6,
@@ -87,7 +92,14 @@ LAYERS = {
     "__main__.py": 7,
     "cli.py": 7,
 }
-EMPTY = ("data/__init__.py", "model/__init__.py", "stability/__init__.py", "training/__init__.py", "ship/__init__.py")
+EMPTY = (
+    "data/__init__.py",
+    "model/__init__.py",
+    "stability/__init__.py",
+    "training/__init__.py",
+    "blend/__init__.py",
+    "ship/__init__.py",
+)
 """Package files that import nothing, so that `import comp.data.tables` costs what tables.py costs."""
 
 FORBIDDEN = {

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp import config_file
+from comp.blend.crossfit import Blend
 from comp.config import Config, Task
 from comp.data.tables import Table, read_test, table_of
 from comp.data.tokens import CACHE, encode
@@ -163,14 +164,18 @@ def infer(
     out: str | None = None,
     folds: Sequence[Fold] | None = None,
     weights: str = "best",
+    blend: Blend | None = None,
     precision: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Predict the test table with one or more runs, average them, write and check the submission; return its path.
 
-    Without `runs`: the newest finished one. Every run counts the same, whatever its number of folds. The predictions
-    are of the first task; runs must agree on its targets, kind and classes.
+    Without `runs`: the newest finished one. Every run counts the same, whatever its number of folds; or a `blend` says
+    which runs and weights, and how they go together. The predictions are of the first task; runs must agree on its
+    targets, kind and classes.
     """
+    if blend is not None:
+        runs, weights = blend.runs, blend.weights
     if not runs:
         runs = [newest_finished()]
         say(f"newest finished run: {runs[0]}")
@@ -182,6 +187,8 @@ def infer(
                 f"{first.folder.path} predicts {first.task.kind} {first.output_names}, but {other.folder.path} "
                 f"predicts {other.task.kind} {other.output_names}; runs in one submission must predict the same"
             )
+    if blend is not None:
+        _must_be_as_blended(loaded, blend)
     competition = first.config.competition
     test_file = test or competition.test
     if test_file is None:
@@ -189,7 +196,7 @@ def infer(
     # The sample must fit the table that is predicted: --test of another table goes without it.
     sample_file = competition.sample_submission if test is None or test == competition.test else None
     sample = read_submission(Path(sample_file), competition.id) if sample_file else None
-    total: NDArray[np.float64] | float = 0.0
+    found: list[NDArray[np.float64]] = []
     ids: NDArray[np.object_] | None = None
     for run in loaded:
         table = read_test(test_file, run.config.competition)
@@ -198,9 +205,9 @@ def infer(
         ids = table.ids
         names = ", ".join(str(fold) for fold in run.folds)
         say(f"{run.folder.path}: {len(table):,} rows, folds {names} ({weights} weights), {run.runtime.describe()}")
-        total = total + run.predict_table(table)
-    assert isinstance(total, np.ndarray) and ids is not None
-    values = total / len(loaded)
+        found.append(run.predict_table(table))
+    assert ids is not None
+    values = np.mean(found, axis=0) if blend is None else blend.apply(np.stack(found))
     about: Mapping[str, Any] = {
         "id_column": competition.id,
         "task": first.task,
@@ -211,11 +218,25 @@ def infer(
     else:
         frame = build_without_sample(list(ids), values, **about)
     validate_submission(frame, sample, **about)
-    path = Path(out or f"submissions/{first.folder.name}.csv")
+    path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
     sidecar = {"test": str(test_file), "weights": weights, "runs": [_about(run) for run in loaded]}
+    if blend is not None:
+        sidecar["blend"] = read_json(blend.path)
     write_submission(path, frame, sidecar)
     say(f"wrote {path}: {len(frame):,} rows, columns {', '.join(frame.columns)}; valid")
     return path
+
+
+def _must_be_as_blended(runs: Sequence[LoadedRun], blend: Blend) -> None:
+    """Raise ValueError when a run was trained anew since the blend was fitted: its weights are of other models."""
+    for run, marks in zip(runs, blend.fingerprints, strict=True):
+        now = read_json(run.folder.manifest)["fingerprints"]
+        changed = [part for part, mark in marks.items() if now.get(part) != mark]
+        if changed:
+            raise ValueError(
+                f"{run.folder.path} has another {' and another '.join(changed)} than when {blend.path} was fitted; fit "
+                "the blend anew with `comp blend`"
+            )
 
 
 def _about(run: LoadedRun) -> dict[str, Any]:

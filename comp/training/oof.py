@@ -21,7 +21,10 @@ from comp.metrics import evaluate, evaluate_known
 from comp.runs import RunFolder, write_atomic
 from comp.training.predict import Predictions
 
-__all__ = ["Scores", "gather", "output_names", "score", "write"]
+__all__ = ["COLUMN", "Scores", "gather", "output_names", "score", "write"]
+
+COLUMN = {"best": "pred", "last": "last", "averaged": "averaged"}
+"""Which weights -> how their columns start."""
 
 
 def output_names(task: Task, classes: Mapping[str, Sequence[str]]) -> list[str]:

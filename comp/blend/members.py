@@ -1,0 +1,192 @@
+"""The runs of a blend: their out-of-fold rows side by side, aligned by id, from the same data and folds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from comp import config_file
+from comp.blend.ensemble import Problem
+from comp.config import Config, Task
+from comp.data.tables import read_competition
+from comp.runs import RUNS, RunFolder, read_json
+from comp.training.oof import COLUMN, output_names
+
+__all__ = ["Member", "Members", "gather", "list_runs", "read_member"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One finished run."""
+
+    folder: RunFolder
+    config: Config
+    manifest: dict[str, Any]
+    rows: pd.DataFrame
+    """Its oof.parquet, by id."""
+
+    @property
+    def task(self) -> Task:
+        return self.config.tasks[0]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the predicted columns of the first task."""
+        return output_names(self.task, self.manifest["classes"])
+
+    def columns(self, kind: str) -> list[str]:
+        """Return the columns of the first task that start with `kind`: target, pred, last, averaged."""
+        names = self.task.targets if kind == "target" else self.outputs
+        return [f"{kind}_{self.task.name}_{name}" for name in names]
+
+    def mark(self, part: str) -> str:
+        """Return the fingerprint of its data or folds."""
+        return str(self.manifest["fingerprints"].get(part, "none"))
+
+
+def read_member(path: str | Path) -> Member:
+    """Read a run with out-of-fold rows. Raises ValueError when it is none."""
+    folder = RunFolder(path)
+    if not folder.config.exists() or not folder.manifest.exists():
+        raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `comp oof`")
+    if not folder.oof.exists():
+        raise ValueError(f"{path} has no out-of-fold rows yet; train its folds with `comp train`")
+    rows = pd.read_parquet(folder.oof).set_index("id")
+    return Member(folder, config_file.load(folder.config), read_json(folder.manifest), rows)
+
+
+@dataclass(frozen=True)
+class Members:
+    """Runs that can be blended, and the rows that all of them have."""
+
+    members: list[Member]
+    ids: NDArray[np.object_]
+    """(N,)"""
+    fold: NDArray[np.int64]
+    """(N,) of the first run; of all of them, when the folds are the same."""
+    problem: Problem
+    weights: str
+    """Which weights made the predictions: best, last or averaged."""
+    dropped: int
+    """Rows that not every run has."""
+
+    @property
+    def names(self) -> list[str]:
+        return [member.folder.name for member in self.members]
+
+
+def gather(
+    paths: Sequence[str | Path], *, weights: str = "best", rows: str | None = None, any_folds: bool = False
+) -> Members:
+    """Read runs and put their predictions of the first task side by side.
+
+    `rows`: a pandas query over the columns of the training table; only those rows are fitted to and scored.
+    `any_folds`: allow runs on different fold files. Raises ValueError when the runs cannot be blended: another task,
+    metric, data or folds, no rows in common, weights that a run does not have.
+    """
+    if len({Path(path).resolve() for path in paths}) != len(paths):
+        raise ValueError("a run is named twice; each counts once")
+    members = [read_member(path) for path in paths]
+    if not members:
+        raise ValueError("no run to blend; name them with --run, see `comp oof`")
+    first = members[0]
+    for other in members[1:]:
+        _must_fit(first, other, any_folds=any_folds)
+    kind = COLUMN.get(weights)
+    if kind is None:
+        raise ValueError(f"weights '{weights}': allowed are {', '.join(COLUMN)}")
+    for member in members:
+        if not set(member.columns(kind)) <= set(member.rows.columns):
+            raise ValueError(f"{member.folder.path} has no predictions by {weights} weights; use another --weights")
+    common = first.rows.index
+    for member in members[1:]:
+        common = common[common.isin(member.rows.index)]
+    union = len(set().union(*(member.rows.index for member in members)))
+    if rows is not None:
+        common = common[common.isin(_chosen_ids(first, rows))]
+    if not len(common):
+        raise ValueError(f"the runs have no rows in common{'' if rows is None else f' that fit --rows {rows!r}'}")
+    preds = np.stack([member.rows.loc[common, member.columns(kind)].to_numpy(float) for member in members])
+    targets = first.rows.loc[common, first.columns("target")]
+    problem = Problem(preds, targets.to_numpy(float), first.task.kind, first.config.metric)
+    fold = first.rows.loc[common, "fold"].to_numpy(np.int64)
+    return Members(members, common.to_numpy(object), fold, problem, weights, union - len(common))
+
+
+def _must_fit(first: Member, other: Member, *, any_folds: bool) -> None:
+    """Raise ValueError unless two runs can stand in one blend."""
+    where = f"{first.folder.path} and {other.folder.path}"
+    for what, one, two in (
+        ("kind of task", first.task.kind, other.task.kind),
+        ("targets", first.task.targets, other.task.targets),
+        ("outputs", first.outputs, other.outputs),
+        ("metric", first.config.metric, other.config.metric),
+    ):
+        if one != two:
+            raise ValueError(f"{where} differ in their {what}: {one} and {two}; blend runs of one competition")
+    same = first.rows.index.intersection(other.rows.index)
+    mine, theirs = (run.rows.loc[same, run.columns("target")].to_numpy(float) for run in (first, other))
+    if not np.array_equal(mine, theirs):
+        raise ValueError(f"{where} have different targets for the same ids: they were trained on different data")
+    if first.mark("folds") != other.mark("folds") and not any_folds:
+        raise ValueError(
+            f"{where} were trained on different folds ({first.mark('folds')} and {other.mark('folds')}): no weights "
+            "can be fitted without rows that one of them saw; use --method mean, rank_mean or geometric_mean, or train "
+            "one of them anew on the other's fold file"
+        )
+
+
+def _chosen_ids(member: Member, query: str) -> set[str]:
+    """Return the ids of the training rows that a pandas query over the table's columns keeps."""
+    table, _, _ = read_competition(member.config.competition, member.config.tasks)
+    frame = table.frame.copy()
+    for name in frame.columns:
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        if numbers.notna().all():
+            frame[name] = numbers
+    try:
+        kept = frame.query(query).index
+    except Exception as fault:  # pandas raises whatever its parser meets
+        raise ValueError(
+            f"--rows {query!r}: {type(fault).__name__}: {fault}; columns are {', '.join(map(str, frame.columns))}"
+        ) from None
+    return set(table.ids[kept.to_numpy()])
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def list_runs(root: Path = RUNS) -> list[str]:
+    """Return a table of the runs that have out-of-fold rows, latest last: score, folds, seed, age, folds' fingerprint.
+
+    Runs whose folds' fingerprints are the same can be blended with fitted weights.
+    """
+    heads = f"{'best':>9} {'last':>9} {'averaged':>9} {'folds':>7} {'seed':>6} {'age':>7}  fold file"
+    lines = [f"{'run':<28} {'metric':<10} {heads}"]
+    for scores in sorted(root.glob("*/scores.json"), key=lambda path: path.stat().st_mtime):
+        folder = RunFolder(scores.parent)
+        config, found = config_file.load(folder.config), read_json(scores)
+        marks = read_json(folder.manifest)["fingerprints"]
+        shown = [found.get(kind, {}).get("pooled") for kind in ("best", "last", "averaged")]
+        folds = f"{len(found['best']['folds'])}/{config.folds.num_folds}"
+        lines.append(
+            f"{folder.name:<28} {found['metric']:<10} "
+            + " ".join(f"{'-' if value is None else f'{value:.5f}':>9}" for value in shown)
+            + f" {folds:>7} {config.training.seed:>6} {_age(time.time() - scores.stat().st_mtime):>7}"
+            + f"  {config.fold_name} {marks.get('folds', 'none')}"
+        )
+    return lines
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
