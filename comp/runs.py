@@ -1,7 +1,8 @@
 """What a run folder holds: its paths, atomic writes, fingerprints of data, folds, config and code.
 
 runs/NAME/  config.yaml  manifest.json  backbone/ (config + tokenizer, no weights)
-            foldK/{best.safetensors, last.safetensors, metrics.jsonl, oof.parquet, done.json}; state.pt until then
+            foldK/{best.safetensors, last.safetensors, metrics.jsonl, oof.parquet, evaluations.parquet,
+            done.json}; state.pt until then
             oof.parquet  scores.json
 """
 
@@ -161,6 +162,7 @@ class FoldFolder:
         self.averaged = path / "averaged.safetensors"
         self.metrics = path / "metrics.jsonl"
         self.oof = path / "oof.parquet"
+        self.evaluations = path / "evaluations.parquet"
         self.groups = path / "groups.txt"
         self.done = path / "done.json"
         self.state = path / "state.pt"

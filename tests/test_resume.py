@@ -66,7 +66,8 @@ def leavings(name: str, fold: int = 0) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line.get("summary", line) for line in lines]
     found["metrics"] = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-    found["oof"] = pd.read_parquet(folder / "oof.parquet").to_csv()
+    for table in ("oof", "evaluations"):
+        found[table] = pd.read_parquet(folder / f"{table}.parquet").to_csv()
     done = json.loads((folder / "done.json").read_text())
     return {**found, "done": {key: value for key, value in done.items() if key not in TIMED}}
 

@@ -62,6 +62,7 @@ def test_train_then_infer(kind: str, setup: Setup) -> None:
             "last.safetensors",
             "metrics.jsonl",
             "oof.parquet",
+            "evaluations.parquet",
             "groups.txt",
             "done.json",
         }
@@ -147,6 +148,27 @@ def test_finished_folds_are_skipped_and_restart_trains_them_again(setup: Setup) 
     assert Path("runs/tiny/fold0/done.json").stat().st_mtime_ns == first
     run(config, restart=True)
     assert Path("runs/tiny/fold0/done.json").stat().st_mtime_ns > first
+
+
+def test_the_out_of_fold_rows_carry_their_origin_and_the_flattery_is_said(setup: Setup) -> None:
+    config, _ = setup()
+    scores = run(config)
+    rows = pd.read_parquet("runs/tiny/oof.parquet")
+    assert list(rows.columns[:3]) == ["id", "fold", "seed"] and set(rows["seed"]) == {config.training.seed}
+    manifest = json.loads(Path("runs/tiny/manifest.json").read_text())
+    assert rows.attrs["fingerprints"] == manifest["fingerprints"] and set(manifest["fingerprints"]) >= {"data", "folds"}
+    found = json.loads(Path("runs/tiny/scores.json").read_text())["keep_best_flatters"]
+    assert 0 <= found < 1
+    evaluations = json.loads(Path("runs/tiny/fold0/done.json").read_text())["evaluations"]
+    assert f"choosing the best of {evaluations} evaluations a fold flatters `best` by about {found:.5f}" in SAID
+    # the kept evaluation is among the written ones, and it is the best of them
+    history = pd.read_parquet("runs/tiny/fold0/evaluations.parquet").set_index("id")
+    own = pd.read_parquet("runs/tiny/fold0/oof.parquet").set_index("id")
+    assert history.shape == (len(own), evaluations)
+    errors = history.sub(own["target_main_target"], axis=0).pow(2).mean().pow(0.5)
+    assert errors.min() == pytest.approx(scores.folds[0], abs=1e-6)
+    kept = history[errors.idxmin()]
+    assert kept.to_numpy() == pytest.approx(own["pred_main_target"].to_numpy(), abs=1e-6)
 
 
 def test_an_unfinished_fold_without_a_state_starts_anew(setup: Setup) -> None:

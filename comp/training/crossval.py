@@ -266,6 +266,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
                 state.best_step, state.best_score = settled
                 plan.say(f"fold {fold}: the best weights are those of step {state.best_step}, from before the stop")
             held.write(folder.oof, int(fold))
+            held.write_history(folder.evaluations)
         summary = _summary(state, averaged, saver.seconds)
         tracker.summary(summary)
     finally:
@@ -442,16 +443,21 @@ def _score(plan: Plan) -> oof.Scores | None:
     if not finished:
         return None
     config, classes = plan.config, plan.table.classes
-    frame = oof.gather(plan.folder, finished)
+    frame = oof.gather(plan.folder, finished, seed=config.training.seed)
     scores = {
         task.name: oof.score(frame, task, config.metric_of(task), classes, complete=task is config.tasks[0])
         for task in config.tasks
     }
     first = scores[config.tasks[0].name]
-    write_json(plan.folder.scores, {**first.as_dict(), "tasks": {name: s.as_dict() for name, s in scores.items()}})
+    flatters = oof.keep_best_flattery(plan.folder, finished, config.tasks[0], config.metric)
+    about = {"keep_best_flatters": None if flatters is None else flatters[0]}
+    tasks = {name: own.as_dict() for name, own in scores.items()}
+    write_json(plan.folder.scores, {**first.as_dict(), **about, "tasks": tasks})
     missing: Sequence[int] = sorted(set(range(config.folds.num_folds)) - set(finished))
     for name, own in scores.items():
         plan.say(own.table(f"{name} {own.metric}" if len(scores) > 1 else None))
+    if flatters is not None and flatters[1] > 1:
+        plan.say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
     if missing:
         plan.say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
     return first

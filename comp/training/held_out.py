@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ from comp.data.tokens import Encoded
 from comp.metrics import evaluate, evaluate_known
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
+from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import load_weights, save_weights, step_of
@@ -50,10 +52,13 @@ class HeldOut:
         self.best: Predictions | None = None
         self.last: Predictions | None = None
         self.averaged: Predictions | None = None
+        self.history: list[NDArray[np.float32]] = []
+        """Predictions (N, K) of the first task at each evaluation."""
 
     def evaluate(self) -> float:
         """Predict the rows and return the metric of the first task; NaN when a prediction is not finite."""
         self.last = self._predict()
+        self.history.append(self.last.values[self.tasks[0].name].astype(np.float32))
         return self._score(self.last)
 
     def try_weights(self) -> float:
@@ -106,7 +111,8 @@ class HeldOut:
     def state_dict(self) -> dict[str, Any]:
         """Return the predictions that the end of the fold needs."""
         kept = {"best": self.best, "last": self.last}
-        return {
+        history = [torch.from_numpy(values) for values in self.history]
+        return {"history": history} | {
             kind: {name: torch.from_numpy(values) for name, values in found.values.items()}
             for kind, found in kept.items()
             if found is not None
@@ -117,8 +123,19 @@ class HeldOut:
         kept = {
             kind: Predictions(self.ids[self.rows], {name: values.numpy() for name, values in found.items()})
             for kind, found in state_dict.items()
+            if kind != "history"
         }
+        self.history = [values.numpy() for values in state_dict["history"]]
         self.best, self.last = kept.get("best"), kept.get("last")
+
+    def write_history(self, path: Path) -> None:
+        """Write the predictions of the first task at each evaluation: id, then eval<i>_<output>."""
+        names = oof.output_names(self.tasks[0], self.classes)
+        columns: dict[str, Any] = {"id": self.ids[self.rows]}
+        for number, values in enumerate(self.history):
+            columns |= {f"eval{number}_{name}": values[:, place] for place, name in enumerate(names)}
+        frame = pd.DataFrame(columns)
+        write_atomic(path, lambda temporary: frame.to_parquet(temporary, index=False))
 
     def write(self, path: Path, fold: int) -> None:
         """Write the fold's out-of-fold rows."""

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from comp.config import Task
 from comp.metrics import evaluate, evaluate_known
-from comp.runs import RunFolder, write_atomic
+from comp.runs import RunFolder, read_json, write_atomic
+from comp.training.optimism import flattery
 from comp.training.predict import Predictions
 
-__all__ = ["COLUMN", "Scores", "gather", "output_names", "score", "write"]
+__all__ = ["COLUMN", "Scores", "gather", "keep_best_flattery", "output_names", "score", "write"]
 
 COLUMN = {"best": "pred", "last": "last", "averaged": "averaged"}
 """Which weights -> how their columns start."""
@@ -58,9 +59,10 @@ def write(
     write_atomic(path, lambda temporary: frame.to_parquet(temporary, index=False))
 
 
-def gather(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
+def gather(folder: RunFolder, folds: Sequence[int], *, seed: int) -> pd.DataFrame:
     """Put the finished folds' rows together, audit them and write the run's oof.parquet.
 
+    It gets a column `seed`, and the fingerprints of data, folds and config as `attrs["fingerprints"]`.
     Raises ValueError when an id comes twice or a prediction is not finite. A missing target of an auxiliary task is
     NaN in its target column.
     """
@@ -76,6 +78,8 @@ def gather(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
     )
     if not np.isfinite(numbers).all():
         raise ValueError(f"{folder.path}: out-of-fold rows hold NaN or infinite values; train again with --restart")
+    frame.insert(2, "seed", seed)
+    frame.attrs["fingerprints"] = read_json(folder.manifest)["fingerprints"]
     write_atomic(folder.oof, lambda temporary: frame.to_parquet(temporary, index=False))
     return frame
 
@@ -151,6 +155,27 @@ class Scores:
         lines.append(line("mean of folds", [column[1] for column in columns], f"   (spread {self.std:.5f})"))
         lines.append(line("pooled", [column[2] for column in columns], f"   ({self.num_rows:,} rows)"))
         return "\n".join(lines)
+
+
+def keep_best_flattery(folder: RunFolder, folds: Sequence[int], task: Task, metric: str) -> tuple[float, int] | None:
+    """Return by how much keep-best flatters the first task's score, mean over folds, and the most evaluations of one.
+
+    None where the evaluations are not there, or their metric is not defined on half a fold.
+    """
+    found, most = [], 0
+    for fold in folds:
+        own = folder.fold(fold)
+        if not own.evaluations.exists():
+            return None
+        rows, history = pd.read_parquet(own.oof), pd.read_parquet(own.evaluations).drop(columns="id")
+        targets = rows[[f"target_{task.name}_{column}" for column in task.targets]].to_numpy(np.float64)
+        outputs = sum(name.startswith("eval0_") for name in history.columns)
+        values = history.to_numpy(np.float64)
+        steps = [values[:, start : start + outputs] for start in range(0, values.shape[1], outputs)]
+        found.append(flattery(targets, steps, metric, task.kind))
+        most = max(most, len(steps))
+    known = [value for value in found if value is not None]
+    return (float(np.mean(known)), most) if known else None
 
 
 def _mean(folds: Mapping[int, Score]) -> Score:
