@@ -24,6 +24,7 @@ CATALOGUES: dict[str, str] = {
     "techniques": "comp.stability.techniques:TECHNIQUES",
     "schedules": "comp.optim.schedules:SCHEDULES",
     "splitters": "comp.data.splitters:SPLITTERS",
+    "leaks": "comp.data.leaks:LEAKS",
     "blenders": "comp.blend.ensemble:BLENDERS",
     "calibrators": "comp.blend.calibration:CALIBRATORS",
 }

@@ -91,7 +91,7 @@ def blend(
     """Fit a blend to the runs' out-of-fold rows; score it honestly; write blends/<name>/blend.json."""
     from comp import config_file
     from comp.blend.crossfit import Recipe, examine, write_blend
-    from comp.blend.members import gather
+    from comp.blend.members import gather, leaks_of
 
     if Path(name).name != name or name.startswith("."):
         raise ValueError(f"--name '{name}': a blend is named like a folder inside blends/, without slashes")
@@ -99,6 +99,8 @@ def blend(
     members = gather(run, weights=weights, rows=rows, any_folds=not recipe.fitted)
     if members.dropped:
         print(f"{members.dropped:,} rows are left out: not every run has them, or --rows does not want them")
+    for line in leaks_of(members.members[0]):
+        print(f"warning: {line}")
     parameters, report = examine(members, recipe)
     print(report.table())
     path = write_blend(Path("blends") / name, members, recipe, parameters, report)
@@ -143,10 +145,11 @@ def folds(
     """Write folds/<name>.csv (once) and show how balanced it is."""
     from comp import config_file
     from comp.data import folds as splits
+    from comp.data.leaks import Evidence, lint
     from comp.data.tables import read_competition
 
     loaded = config_file.load(config, overrides or [])
-    table, _, leaks = read_competition(loaded.competition, loaded.tasks)
+    table, test = read_competition(loaded.competition, loaded.tasks)
     path = Path("folds") / f"{loaded.fold_name}.csv"
     if overwrite and path.exists():
         splits.write_folds(path, table, splits.make_folds(table, loaded.tasks, loaded.folds), loaded.folds)
@@ -154,8 +157,25 @@ def folds(
     print(f"{path}: {len(table):,} rows, {folding.num_folds} folds, fingerprint {folding.fingerprint}")
     for line in splits.audit(folding.fold, table, loaded.tasks[0], group=loaded.folds.group):
         print(line)
-    for line in leaks:
-        print(f"warning: {line}")
+    for leak in lint(Evidence(table, test, folding.fold, loaded.folds.group)):
+        print(f"warning: {leak}")
+
+
+@app.command("lint")
+def lint_(config: ConfigOption, overrides: SetOption = None) -> None:
+    """Look for leaks in the tables and the folds: counts, examples and what to do."""
+    from comp import config_file
+    from comp.data.folds import get_or_make_folds
+    from comp.data.leaks import Evidence, leak_table, lint
+    from comp.data.tables import read_competition
+
+    loaded = config_file.load(config, overrides or [])
+    table, test = read_competition(loaded.competition, loaded.tasks)
+    path = Path("folds") / f"{loaded.fold_name}.csv"
+    folding = get_or_make_folds(path, table, loaded.tasks, loaded.folds) if path.exists() else None
+    tested = 0 if test is None else len(test)
+    print(f"{len(table):,} training rows, {tested:,} test rows, folds: {path if folding else 'none yet (comp folds)'}")
+    print(leak_table(lint(Evidence(table, test, None if folding is None else folding.fold, loaded.folds.group))))
 
 
 @app.command()

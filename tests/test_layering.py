@@ -42,6 +42,7 @@ LAYERS = {
     "data/tables.py": 1,
     "data/splitters.py": 1,
     "data/folds.py": 1,
+    "data/leaks.py": 1,
     "data/tokens.py": 1,
     "data/batches.py": 1,
     "data/first_config.py": 1,

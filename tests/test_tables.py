@@ -1,4 +1,4 @@
-"""Every check on a user's file, by the words of its message; what a Table holds; leaks."""
+"""Every check on a user's file, by the words of its message; what a Table holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from comp.config import Competition, Task
 from comp.data.frames import cell_strings, parse_numbers, read_frame
-from comp.data.tables import encode_targets, leak_warnings, read_competition, read_test, read_train, table_of
+from comp.data.tables import encode_targets, read_competition, read_test, read_train, table_of
 
 REGRESSION = Task.model_validate({"name": "score", "kind": "regression", "targets": ["target"]})
 CLEAR = Path(__file__).resolve().parents[2] / "shared" / "data" / "clear"
@@ -342,32 +342,6 @@ def test_parse_numbers_tells_empty_from_wrong() -> None:
     assert parse_numbers(pd.Series([True, False]))[0].tolist() == [1.0, 0.0]
 
 
-# --- leaks -----------------------------------------------------------------------------------------------------------
-
-
-def test_leaks_are_counted_with_examples() -> None:
-    train = table_of(frame(text=["Some  words", "some words ", "other"]), competition(), [REGRESSION])
-    test = table_of(pd.DataFrame({"id": ["c", "z"], "text": ["OTHER", "new"]}), competition())
-    lines = leak_warnings(train, test)
-    assert len(lines) == 3
-    assert "2 training rows share their text with another (1 texts, e.g. ids 'a', 'b')" in lines[0]
-    assert "folds.group" in lines[0]
-    assert "1 test rows have the text of a training row (test 'c' = train 'c')" in lines[1]
-    assert "1 ids are in both train and test (e.g. 'c')" in lines[2]
-    assert leak_warnings(train) == lines[:1]
-
-
-def test_no_leak_no_line() -> None:
-    train = table_of(frame(), competition(), [REGRESSION])
-    test = table_of(pd.DataFrame({"id": ["x"], "text": ["four"]}), competition())
-    assert leak_warnings(train, test) == []
-
-
-def test_pairs_are_compared_whole() -> None:
-    pairs = frame(text=["x", "x", "y"], other=["p", "q", "p"])
-    assert leak_warnings(table_of(pairs, competition(text=["text", "other"]), [REGRESSION])) == []
-
-
 def test_a_class_that_only_test_has_is_refused(tmp_path: Path) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     train.write_text("id,text,target\na,one,x\nb,two,y\n")
@@ -376,10 +350,9 @@ def test_a_class_that_only_test_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"test.csv: column 'target' has 1 unknown labels: 'z' \(1 rows\)"):
         read_competition(there, [task("multiclass")])
     test.write_text("id,text,target\nc,three,x\nd,two,\n")
-    table, other, leaks = read_competition(there, [task("multiclass")])
+    table, other = read_competition(there, [task("multiclass")])
     assert (len(table), len(other or [])) == (2, 2)
-    assert len(leaks) == 1
-    assert read_competition(competition(train), [task("multiclass")])[1:] == (None, [])
+    assert read_competition(competition(train), [task("multiclass")])[1] is None
 
 
 def test_real_table() -> None:
@@ -391,4 +364,3 @@ def test_real_table() -> None:
         train, test = read_train(there, [REGRESSION]), read_test(CLEAR / "test.csv", there)
     assert (len(train), len(test)) == (2834, 1890)
     assert np.isfinite(train.targets["score"]).all()
-    assert len(leak_warnings(train, test)) == 1

@@ -69,7 +69,7 @@ def prepare() -> None:
     spread_rows(NUM_ROWS).to_csv(WORK / "train.csv", index=False)
     os.chdir(WORK)
     config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", SETTINGS)
-    table, _, _ = read_competition(config.competition, config.tasks)
+    table, _ = read_competition(config.competition, config.tasks)
     get_or_make_folds(Path("folds/clear600.csv"), table, config.tasks, config.folds)
 
 

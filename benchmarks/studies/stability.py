@@ -107,7 +107,7 @@ def prepare() -> None:
     few.to_csv(WORK / "few.csv", index=False)
     os.chdir(WORK)
     config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", SETTINGS)
-    table, _, _ = read_competition(config.competition, config.tasks)
+    table, _ = read_competition(config.competition, config.tasks)
     get_or_make_folds(Path("folds/clear250.csv"), table, config.tasks, config.folds)
 
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from comp import config_file
 from comp.blend.ensemble import Problem
 from comp.config import Config, Task
+from comp.data.leaks import Evidence, lint
 from comp.data.tables import read_competition
 from comp.runs import RUNS, RunFolder, read_json
 from comp.training.oof import COLUMN, output_names
 
-__all__ = ["Member", "Members", "gather", "list_runs", "read_member"]
+__all__ = ["Member", "Members", "gather", "leaks_of", "list_runs", "read_member"]
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,20 @@ def _must_fit(first: Member, other: Member, *, any_folds: bool) -> None:
         )
 
 
+def leaks_of(member: Member) -> list[str]:
+    """Return what the leak rules find in a member's tables and folds; [] with a reason where they are gone."""
+    competition, tasks = member.config.competition, member.config.tasks
+    try:
+        table, test = read_competition(competition, tasks)
+    except ValueError as fault:
+        return [f"leaks are not looked for: {fault}"]
+    fold = member.rows["fold"].reindex(table.ids).fillna(-1).to_numpy(np.int64)
+    return [str(leak) for leak in lint(Evidence(table, test, fold, member.config.folds.group))]
+
+
 def _chosen_ids(member: Member, query: str) -> set[str]:
     """Return the ids of the training rows that a pandas query over the table's columns keeps."""
-    table, _, _ = read_competition(member.config.competition, member.config.tasks)
+    table, _ = read_competition(member.config.competition, member.config.tasks)
     frame = table.frame.copy()
     for name in frame.columns:
         numbers = pd.to_numeric(frame[name], errors="coerce")

@@ -32,7 +32,7 @@ from comp.runs import digest
 if TYPE_CHECKING:
     from comp.config import Competition, Task
 
-__all__ = ["Table", "encode_targets", "leak_warnings", "read_competition", "read_test", "read_train", "table_of"]
+__all__ = ["Table", "encode_targets", "read_competition", "read_test", "read_train", "table_of"]
 
 SOFT_SUM = 1e-3  # how far a row of soft labels may sum from 1
 MOST_GRADES = 1000  # an ordinal target with a wider range is a mistake (a year, an id), not a scale
@@ -222,21 +222,21 @@ def read_test(path: Path | str, competition: Competition) -> Table:
     return table_of(read_frame(path), competition, source=str(path))
 
 
-def read_competition(competition: Competition, tasks: Sequence[Task]) -> tuple[Table, Table | None, list[str]]:
-    """Return the training table, the test table (None when the config names none) and the leak warnings.
+def read_competition(competition: Competition, tasks: Sequence[Task]) -> tuple[Table, Table | None]:
+    """Return the training table and the test table (None when the config names none).
 
     Raises ValueError for every fault of either; a test table that carries labels may hold no class that train lacks.
     """
     train = read_train(competition, tasks)
     if competition.test is None:
-        return train, None, leak_warnings(train)
+        return train, None
     test = read_test(competition.test, competition)
     for task in tasks:
         column = task.targets[0]
         if task.kind == "multiclass" and column in test.frame.columns:
             labels = cell_strings(test.frame[column])
             raise_faults(competition.test, _unknown(column, labels, train.classes[task.name]))
-    return train, test, leak_warnings(train, test)
+    return train, test
 
 
 def table_of(
@@ -356,42 +356,3 @@ def _errors(frame: pd.DataFrame, name: str, ids: Ids | None) -> tuple[Values, li
 
 
 # --- leaks -------------------------------------------------------------------------------------------------
-
-
-def leak_warnings(train: Table, test: Table | None = None) -> list[str]:
-    """Return one line per leak: texts that repeat (white space and case aside) in train or between train and
-    test, and ids that are in both; [] when there is none."""
-    lines = []
-    copies: dict[str, list[int]] = {}
-    for row, text in enumerate(_folded(train)):
-        copies.setdefault(text, []).append(row)
-    groups = [rows for rows in copies.values() if len(rows) > 1]
-    if groups:
-        example = listed(train.ids[groups[0][:2]])
-        lines.append(
-            f"leak: {sum(map(len, groups))} training rows share their text with another ({len(groups)} texts, e.g. ids "
-            f"{example}); copies in two folds flatter the score: drop them, or give them one value of a folds.group"
-        )
-    if test is None:
-        return lines
-    shared = [(row, copies[text][0]) for row, text in enumerate(_folded(test)) if text in copies]
-    if shared:
-        pairs = ", ".join(f"test '{test.ids[a]}' = train '{train.ids[b]}'" for a, b in shared[:2])
-        lines.append(
-            f"leak: {len(shared)} test rows have the text of a training row ({pairs}); a score on them "
-            "measures memory: drop those training rows, unless the competition has them on purpose"
-        )
-    known = set(train.ids)
-    both = [name for name in test.ids if name in known]
-    if both:
-        lines.append(
-            f"leak: {len(both)} ids are in both train and test (e.g. {listed(both, 2)}); check that "
-            "competition.test is not the training file, and that equal ids mean different rows"
-        )
-    return lines
-
-
-def _folded(table: Table) -> list[str]:
-    """Return each row's texts as one string, white space and case folded away."""
-    rows = zip(*table.texts, strict=True)
-    return ["\x00".join(" ".join(text.split()).casefold() for text in row) for row in rows]

@@ -19,6 +19,7 @@ from torch import nn
 from comp.config import Config, parse_every
 from comp.data.batches import Labels, collate, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
+from comp.data.leaks import Evidence, lint, too_good
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
 from comp.metrics import METRICS, is_better
@@ -106,12 +107,12 @@ def run(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
     folder = RunFolder(Path("runs") / name)
-    table, _, leaks = read_competition(config.competition, config.tasks)
-    for line in leaks:
-        say(f"warning: {line}")
+    table, test = read_competition(config.competition, config.tasks)
     folding = None
     if wanted != ["full"]:
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
+    for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
+        say(f"warning: {leak}")
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
     if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
@@ -456,6 +457,11 @@ def _score(plan: Plan) -> oof.Scores | None:
     missing: Sequence[int] = sorted(set(range(config.folds.num_folds)) - set(finished))
     for name, own in scores.items():
         plan.say(own.table(f"{name} {own.metric}" if len(scores) > 1 else None))
+    task = config.tasks[0]
+    target = frame[[f"target_{task.name}_{name}" for name in task.targets]].to_numpy()
+    pred = frame[[f"pred_{task.name}_{name}" for name in oof.output_names(task, classes)]].to_numpy()
+    if doubt := too_good(task.kind, target, pred):
+        plan.say(f"warning: {doubt}")
     if flatters is not None and flatters[1] > 1:
         plan.say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
     if missing:

@@ -1,0 +1,260 @@
+"""LEAKS: what makes a score on held-out rows better than the truth, looked for before anything is trained.
+
+Texts are compared with white space and case folded away. Nearly the same: of all runs of five words that either text
+has, at least 80% are in both (the Jaccard index that MinHash approximates; by sparse products it costs seconds for
+20,000 texts and is exact).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.catalog import Row
+from comp.data.frames import cell_strings, listed
+from comp.data.splitters import column_cells
+from comp.data.tables import Table
+from comp.metrics import evaluate_known
+from comp.runs import digest, write_json
+
+__all__ = ["LEAKS", "Evidence", "Leak", "leak_table", "lint", "too_good"]
+
+CACHE = Path("runs/.cache/leaks")
+WORDS, NEAR = 5, 0.8
+BLOCK = 512  # rows compared with all others at a time: 512 x 20,000 numbers are 80 MB
+FEW = 50  # a text column with at most so many different values is a label, not a text
+Texts: TypeAlias = list[str]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is looked at."""
+
+    train: Table
+    test: Table | None = None
+    fold: NDArray[np.int64] | None = None
+    """(N,) of the training rows; None = not split yet."""
+    group: str | None = None
+    """Column whose values must not be in two folds."""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One finding."""
+
+    rule: str
+    count: int
+    """Rows, or groups."""
+    what: str
+    """In words, with an example."""
+    fix: str
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        return f"leak: {self.what}; {self.fix}"
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+def _folded(table: Table) -> Texts:
+    """Return each row's texts as one string, white space and case folded away."""
+    rows = zip(*table.texts, strict=True)
+    return ["\x00".join(" ".join(text.split()).casefold() for text in row) for row in rows]
+
+
+def _apart(evidence: Evidence, rows: list[int]) -> bool:
+    """Tell whether rows lie in different folds, or may come to."""
+    return evidence.fold is None or len({int(evidence.fold[row]) for row in rows}) > 1
+
+
+ONE_FOLD = "drop them, or give them one value of a folds.group"
+
+
+def copies(evidence: Evidence) -> Leak | None:
+    """Training rows with the same text, not all in one fold."""
+    found: dict[str, list[int]] = {}
+    for row, text in enumerate(_folded(evidence.train)):
+        found.setdefault(text, []).append(row)
+    groups = [rows for rows in found.values() if len(rows) > 1 and _apart(evidence, rows)]
+    if not groups:
+        return None
+    count = sum(map(len, groups))
+    return Leak(
+        "copies",
+        count,
+        f"{count} training rows share their text with another ({len(groups)} texts, e.g. ids "
+        f"{listed(evidence.train.ids[groups[0][:2]])}); copies in two folds flatter the score",
+        ONE_FOLD,
+    )
+
+
+def near_copies(evidence: Evidence) -> Leak | None:
+    """Training rows with nearly the same text, in different folds."""
+    texts = _folded(evidence.train)
+    pairs = [(one, other) for one, other in _near(texts, texts) if one < other and _apart(evidence, [one, other])]
+    if not pairs:
+        return None
+    rows = {row for pair in pairs for row in pair}
+    example = listed(evidence.train.ids[list(pairs[0])])
+    what = f"{len(rows)} training rows have nearly the text of another (e.g. ids {example}); in two folds they flatter"
+    return Leak("near_copies", len(rows), f"{what} the score", ONE_FOLD)
+
+
+def test_copies(evidence: Evidence) -> Leak | None:
+    """Test rows with the text of a training row."""
+    train, test = evidence.train, evidence.test
+    if test is None:
+        return None
+    first = {text: row for row, text in reversed(list(enumerate(_folded(train))))}
+    shared = [(row, first[text]) for row, text in enumerate(_folded(test)) if text in first]
+    return _of_test("test_copies", "have the text of a training row", evidence, shared)
+
+
+def near_test_copies(evidence: Evidence) -> Leak | None:
+    """Test rows with nearly the text of a training row."""
+    if evidence.test is None:
+        return None
+    found = dict(reversed(list(_near(_folded(evidence.test), _folded(evidence.train)))))
+    return _of_test("near_test_copies", "have nearly the text of a training row", evidence, list(found.items()))
+
+
+def _of_test(rule: str, what: str, evidence: Evidence, shared: list[tuple[int, int]]) -> Leak | None:
+    if not shared or evidence.test is None:
+        return None
+    pairs = ", ".join(f"test '{evidence.test.ids[a]}' = train '{evidence.train.ids[b]}'" for a, b in shared[:2])
+    fix = "a score on them measures memory: drop those training rows, unless the competition has them on purpose"
+    return Leak(rule, len(shared), f"{len(shared)} test rows {what} ({pairs})", fix)
+
+
+def _near(ones: Texts, others: Texts) -> Iterator[tuple[int, int]]:
+    """Yield (row of `ones`, row of `others`) of nearly the same texts, equal ones left out, in rising order."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    runs = HashingVectorizer(
+        ngram_range=(WORDS, WORDS), token_pattern=r"\S+", lowercase=False, binary=True, norm=None,
+        alternate_sign=False, n_features=2**22, dtype=np.float32,
+    )  # fmt: skip
+    left = runs.transform(ones).tocsr()
+    right = left if others is ones else runs.transform(others).tocsr()
+    sizes = np.asarray(left.sum(axis=1)).ravel(), np.asarray(right.sum(axis=1)).ravel()
+    across = right.T.tocsc()
+    for start in range(0, left.shape[0], BLOCK):
+        common = (left[start : start + BLOCK] @ across).tocoo()
+        rows, columns = common.row + start, common.col
+        union = sizes[0][rows] + sizes[1][columns] - common.data
+        near = np.flatnonzero(common.data >= NEAR * union)
+        for one, other in sorted(zip(rows[near].tolist(), columns[near].tolist(), strict=True)):
+            if ones[one] != others[other]:
+                yield one, other
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def same_ids(evidence: Evidence) -> Leak | None:
+    """Ids that are in both tables."""
+    known = set(evidence.train.ids)
+    both = [name for name in ([] if evidence.test is None else evidence.test.ids) if name in known]
+    if not both:
+        return None
+    return Leak(
+        "same_ids",
+        len(both),
+        f"{len(both)} ids are in both train and test (e.g. {listed(both, 2)})",
+        "check that competition.test is not the training file, and that equal ids mean different rows",
+    )
+
+
+def split_groups(evidence: Evidence) -> Leak | None:
+    """Values of the group column that are in two folds."""
+    if evidence.fold is None or evidence.group is None:
+        return None
+    cells = cell_strings(column_cells(evidence.train, evidence.group, "folds.group"))
+    homes: dict[str, set[int]] = {}
+    for cell, fold in zip(cells, evidence.fold.tolist(), strict=True):
+        homes.setdefault(cell, set()).add(fold)
+    split = [cell for cell, folds in homes.items() if len(folds) > 1]
+    if not split:
+        return None
+    return Leak(
+        "split_groups",
+        len(split),
+        f"{len(split)} values of '{evidence.group}' are in more than one fold (e.g. {listed(split, 2)})",
+        "use folds.splitter group or stratified_group, and write the fold file anew",
+    )
+
+
+def target_in_text(evidence: Evidence) -> Leak | None:
+    """A text column that is the target, or tells it: few different values, each with one target."""
+    for texts in evidence.train.texts:
+        values = [" ".join(text.split()).casefold() for text in texts]
+        for name, targets in evidence.train.targets.items():
+            several = len(np.unique(targets, axis=0)) > 1
+            told: dict[str, set[bytes]] = {}
+            for value, row in zip(values, targets, strict=True):
+                told.setdefault(value, set()).add(row.tobytes())
+            numbers = [[f"{cell:g}" for cell in row] for row in targets.tolist()]
+            equal = all(value in row for value, row in zip(values, numbers, strict=True))
+            few = len(told) <= min(FEW, len(values) // 2) and all(len(own) == 1 for own in told.values())
+            if several and (equal or few):
+                example = listed(list(told), 2)
+                what = f"a text column tells the target of task '{name}' (e.g. {example} each have one target)"
+                return Leak("target_in_text", len(values), what, "take that column out of competition.text")
+    return None
+
+
+LEAKS: dict[str, Row] = {
+    "copies": Row(copies, "the same text in two folds", "rivals: AutoGluon on CommonLit"),
+    "near_copies": Row(near_copies, "nearly the same text in two folds", "Broder 1997, resemblance"),
+    "test_copies": Row(test_copies, "a test text that is a training text", "common practice"),
+    "near_test_copies": Row(near_test_copies, "a test text that is nearly a training text", "Broder 1997, resemblance"),
+    "same_ids": Row(same_ids, "an id in train and in test", "common practice"),
+    "split_groups": Row(split_groups, "a group in two folds", "common practice"),
+    "target_in_text": Row(target_in_text, "a text column that tells the target", "common practice"),
+}
+
+
+def lint(evidence: Evidence, *, cache: Path | None = CACHE) -> list[Leak]:
+    """Return what every rule of LEAKS finds. Kept in `cache` by the data, folds and group that were looked at."""
+    train, test, fold = evidence.train, evidence.test, evidence.fold
+    marks = [train.fingerprint(), "" if test is None else test.fingerprint(), evidence.group or ""]
+    marks += ["" if fold is None else digest([fold.tobytes()]), *LEAKS]
+    path = None if cache is None else cache / f"{digest(marks)}.json"
+    if path is not None and path.exists():
+        known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return [Leak(**one) for one in known]
+    found = [leak for row in LEAKS.values() if (leak := row.make(evidence)) is not None]
+    if path is not None:
+        write_json(path, [asdict(leak) for leak in found])
+    return found
+
+
+def leak_table(leaks: list[Leak]) -> str:
+    """Return the findings with their counts and fixes, a line for every rule."""
+    found = {leak.rule: leak for leak in leaks}
+    width = max(map(len, LEAKS))
+    lines = []
+    for rule, row in LEAKS.items():
+        lines.append(f"{rule:<{width}} {found[rule].count if rule in found else 0:>7}  {row.about}")
+        if rule in found:
+            lines += [f"{'':<{width}}          {found[rule].what}", f"{'':<{width}}          -> {found[rule].fix}"]
+    return "\n".join(lines)
+
+
+def too_good(kind: str, targets: NDArray[np.floating], preds: NDArray[np.floating]) -> str | None:
+    """Return a warning when out-of-fold predictions (N, K) are better than texts allow: nearly no error left."""
+    metric, bound = ("pearson", 0.995) if kind in ("regression", "ordinal") else ("roc_auc", 0.9999)
+    score = evaluate_known(metric, targets, preds, kind)
+    if score is None or score < bound:
+        return None
+    return (
+        f"leak: the out-of-fold predictions are better than they can be ({metric} {score:.5f}, above {bound}); look "
+        "for the target in the texts, and for copies across folds, with `comp lint`"
+    )
