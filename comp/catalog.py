@@ -25,6 +25,8 @@ CATALOGUES: dict[str, str] = {
     "schedules": "comp.optim.schedules:SCHEDULES",
     "splitters": "comp.data.splitters:SPLITTERS",
     "leaks": "comp.data.leaks:LEAKS",
+    "features": "comp.blend.features:FEATURES",
+    "estimators": "comp.blend.classical:ESTIMATORS",
     "blenders": "comp.blend.ensemble:BLENDERS",
     "calibrators": "comp.blend.calibration:CALIBRATORS",
 }

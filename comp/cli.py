@@ -71,6 +71,29 @@ def train(
 
 
 @app.command()
+def classical(
+    config: ConfigOption,
+    features: Annotated[list[str], typer.Option(help="See `comp list features`; run:NAME of a run; repeatable.")],
+    estimator: Annotated[str, typer.Option(help="See `comp list estimators`.")] = "ridge",
+    option: Annotated[list[str] | None, typer.Option(help="Of the estimator, key=value instead of a search.")] = None,
+    fold: Annotated[str, typer.Option(help="all, full (every row, no validation), or numbers like 0,2.")] = "all",
+    overrides: SetOption = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run; default: features and estimator.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Fit the folds anew, finished ones too.")] = False,
+) -> None:
+    """Fit scikit-learn to features over the same folds: a run that infers and blends like any other."""
+    from comp import config_file
+    from comp.blend.classical import run_classical
+
+    loaded = config_file.load(config, overrides or [])
+    name = run or "-".join([*(text.replace(":", "-") for text in features), estimator])
+    if Path(name).name != name or name.startswith("."):
+        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    options = config_file.parse_pairs(option or [], "--option")
+    run_classical(loaded, name, features=features, estimator=estimator, options=options, folds=fold, restart=restart)
+
+
+@app.command()
 def oof() -> None:
     """List the runs that have out-of-fold rows: scores, folds, seed, age, fold file."""
     from comp.blend.members import list_runs

@@ -129,6 +129,7 @@ class RunFolder:
         self.backbone = self.path / "backbone"
         self.oof = self.path / "oof.parquet"
         self.scores = self.path / "scores.json"
+        self.classical = self.path / "classical.json"
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from comp.catalog import Row, pick
 from comp.metrics import METRICS, evaluate
 
-__all__ = ["BLENDERS", "Blender", "Problem", "apply_blend", "fit_blend"]
+__all__ = ["BLENDERS", "Blender", "Problem", "apply_blend", "fit_blend", "fit_predict", "one_hot"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Parameters: TypeAlias = dict[str, Any]
@@ -63,11 +63,15 @@ class Problem:
     @property
     def truth(self) -> Floats:
         """Targets as (N, K) numbers: class indices as one-hot rows."""
-        outputs = self.preds.shape[2]
-        if self.kind == "multiclass" and self.targets.shape[1] != outputs:
-            one_hot: Floats = (self.targets == np.arange(outputs)).astype(np.float64)
-            return one_hot
-        return self.targets
+        return one_hot(self.targets, self.preds.shape[2], self.kind)
+
+
+def one_hot(targets: Floats, num_outputs: int, kind: str) -> Floats:
+    """Return targets as (N, K): class indices (N, 1) of a multiclass task as one-hot rows, others as they are."""
+    if kind == "multiclass" and targets.shape[1] != num_outputs:
+        found: Floats = (targets == np.arange(num_outputs)).astype(np.float64)
+        return found
+    return targets
 
 
 def tidy(values: Floats, kind: str) -> Floats:
@@ -238,30 +242,33 @@ def stack(problem: Problem, *, estimator: str = "sklearn.linear_model.Ridge", **
 
 
 def predict_stack(parameters: Parameters, problem: Problem, preds: Floats) -> Floats:
-    """Fit the estimator to the problem and predict: classes by their probabilities, where it gives any."""
+    """Fit the estimator to the problem and predict."""
 
     def features(values: Floats) -> Floats:
         return values.transpose(1, 0, 2).reshape(values.shape[1], -1)
 
-    seen, wanted = features(problem.preds), features(preds)
-
     def fresh() -> Any:
         return _estimator(parameters["estimator"], parameters["options"])
 
-    if not hasattr(fresh(), "predict_proba") or problem.kind not in PROBABILITIES:
-        columns = [fresh().fit(seen, column).predict(wanted) for column in problem.truth.T]
-        return tidy(np.stack(columns, axis=1), problem.kind)
-    if problem.kind == "multiclass":
-        labels = problem.truth.argmax(axis=1)
-        model = fresh().fit(seen, labels)
-        found = np.zeros(preds.shape[1:])
+    return fit_predict(fresh, problem.kind, features(problem.preds), problem.truth, features(preds))
+
+
+def fit_predict(fresh: Callable[[], Any], kind: str, seen: Any, truth: Floats, wanted: Any) -> Floats:
+    """Fit scikit-learn estimators to features `seen` and targets `truth` (N, K), one-hot for classes; return (M, K) of
+    the features `wanted`: classes by their probabilities, where the estimator gives any."""
+    if kind not in PROBABILITIES or not hasattr(fresh(), "predict_proba"):
+        columns = [fresh().fit(seen, column).predict(wanted) for column in truth.T]
+        return tidy(np.stack(columns, axis=1), kind)
+    if kind == "multiclass":
+        model = fresh().fit(seen, truth.argmax(axis=1))
+        found = np.zeros((wanted.shape[0], truth.shape[1]))
         found[:, model.classes_.astype(int)] = model.predict_proba(wanted)
         return found
     columns = []
-    for column in problem.truth.T:
+    for column in truth.T:
         labels = (column >= 0.5).astype(int)
         model = fresh().fit(seen, labels) if len(set(labels)) > 1 else None
-        columns.append(model.predict_proba(wanted)[:, 1] if model else np.full(preds.shape[1], float(labels[0])))
+        columns.append(model.predict_proba(wanted)[:, 1] if model else np.full(wanted.shape[0], float(labels[0])))
     return np.stack(columns, axis=1)
 
 

@@ -35,7 +35,7 @@ class TextModel(nn.Module):
     pooler with branches gives (n, B, K) while training, one output per branch, whose losses are summed, and the mean
     of the branches, (B, K), otherwise. Multi-sample dropout (`num_masks` above 1; Inoue 2019, arXiv:1905.09788) gives
     (masks x n, B, K) while training: the mean of the losses is wanted, not the loss of the mean. With `with_vectors`
-    there is also, while training, VECTOR -> what the heads read before their dropout, (B, F) or (n, B, F).
+    there is also VECTOR -> what the heads read before their dropout, (B, F), or while training (n, B, F).
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class TextModel(nn.Module):
         with torch.autocast(device, enabled=False):
             if batch.window_of is not None:
                 vector = mean_of_windows(vector, batch.window_of, len(batch.rows))
-            kept = {VECTOR: vector} if self.training and self.with_vectors else {}
+            kept = {VECTOR: vector} if self.with_vectors else {}
             if self.training and self.num_masks > 1:
                 views = vector if vector.ndim == 3 else vector[None]
                 vector = views.repeat(self.num_masks, 1, 1)
             vector = self.head_dropout(vector)
             outputs = {name: head(vector) for name, head in self.heads.items()}
             if self.pooler.num_branches > 1 and not self.training:
-                return {name: output.mean(0) for name, output in outputs.items()}
+                return {name: output.mean(0) for name, output in {**outputs, **kept}.items()}
             return {**outputs, **kept}
 
     def depth_of(self, name: str) -> int:

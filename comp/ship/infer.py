@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp import config_file
+from comp.blend.classical import predict_classical
 from comp.blend.crossfit import Blend
 from comp.config import Config, Task
 from comp.data.tables import Table, read_test, table_of
@@ -127,6 +128,17 @@ class LoadedRun:
         ).eval()
 
 
+@dataclass(frozen=True)
+class LoadedClassical(LoadedRun):
+    """A finished run of scikit-learn on features, ready to predict. Made by `load`."""
+
+    def predict_table(self, table: Table, *, cache: Path | None = CACHE) -> NDArray[np.float64]:
+        """Return (N, K) predictions in the table's order, averaged over the folds."""
+        found = [predict_classical(self.folder, self.config, table, fold, self.runtime) for fold in self.folds]
+        mean: NDArray[np.float64] = np.mean(found, axis=0)
+        return mean
+
+
 def load(
     path: str | Path, *, folds: Sequence[Fold] | None = None, weights: str = "best", precision: str | None = None
 ) -> LoadedRun:
@@ -154,7 +166,8 @@ def load(
         )
     wanted = precision or config.training.precision
     runtime = open_runtime(wanted)
-    return LoadedRun(folder, config, read_json(folder.manifest)["classes"], chosen, weights, runtime)
+    loaded = LoadedClassical if folder.classical.exists() else LoadedRun
+    return loaded(folder, config, read_json(folder.manifest)["classes"], chosen, weights, runtime)
 
 
 def infer(

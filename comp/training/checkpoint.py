@@ -32,8 +32,8 @@ def step_of(path: Path) -> int | None:
     return None if step is None else int(step)
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load every weight of `model` from `path`, in place.
+def load_weights(path: Path, model: nn.Module, *, without: str | None = None) -> None:
+    """Load every weight of `model` from `path`, in place. `without`: prefix of weights that the file may have more.
 
     Raises ValueError when the file is missing or broken, or when names or shapes differ: nothing is skipped.
     """
@@ -46,6 +46,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     own = model.state_dict()
     pointers = {tensor.data_ptr() for name, tensor in own.items() if name in state}
     missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in pointers]
+    state = {name: tensor for name, tensor in state.items() if without is None or not name.startswith(without)}
     unknown = [name for name in state if name not in own]
     shapes = [name for name in state if name in own and own[name].shape != state[name].shape]
     if missing or unknown or shapes:

@@ -50,7 +50,7 @@ from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
-__all__ = ["parse_folds", "run"]
+__all__ = ["Fold", "open_tables", "parse_folds", "rows_of", "run", "score_run"]
 
 FOLDS = Path("folds")
 Fold = int | str
@@ -107,12 +107,7 @@ def run(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
     folder = RunFolder(Path("runs") / name)
-    table, test = read_competition(config.competition, config.tasks)
-    folding = None
-    if wanted != ["full"]:
-        folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
-    for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
-        say(f"warning: {leak}")
+    table, folding = open_tables(config, wanted, say)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
     if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
@@ -138,7 +133,18 @@ def run(
             with Stopper() as stopper:
                 train_fold(plan, fold, stopper)
             release_memory()
-    return _score(plan)
+    return score_run(folder, config, table, say)
+
+
+def open_tables(config: Config, wanted: Sequence[Fold], say: Say) -> tuple[Table, Folding | None]:
+    """Return the training table and its folds (None when only the full-data model is wanted); warn of leaks."""
+    table, test = read_competition(config.competition, config.tasks)
+    folding = None
+    if wanted != ["full"]:
+        folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
+    for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
+        say(f"warning: {leak}")
+    return table, folding
 
 
 # --- one fold --------------------------------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     if saved is None and folder.path.exists():
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
-    training, held_out = _rows(plan, fold)
+    training, held_out = rows_of(fold, config, table, plan.folding)
     if fold != "full" and not len(held_out):
         raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
 
@@ -299,17 +305,19 @@ def _summary(state: TrainState, averaged: float | None, seconds: float) -> dict[
     }
 
 
-def _rows(plan: Plan, fold: Fold) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def rows_of(
+    fold: Fold, config: Config, table: Table, folding: Folding | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return (training rows, held-out rows) of a fold, cut to training.max_rows each."""
     if fold == "full":
-        training, held_out = np.arange(len(plan.table)), np.zeros(0, np.int64)
+        training, held_out = np.arange(len(table)), np.zeros(0, np.int64)
     else:
-        assert plan.folding is not None and isinstance(fold, int)
-        training = train_rows(plan.folding.fold, fold, plan.folding.splitter)
-        held_out = valid_rows(plan.folding.fold, fold)
-    limit = plan.config.training.max_rows
+        assert folding is not None and isinstance(fold, int)
+        training = train_rows(folding.fold, fold, folding.splitter)
+        held_out = valid_rows(folding.fold, fold)
+    limit = config.training.max_rows
     if limit is not None:
-        generator = np.random.default_rng(plan.config.training.seed)
+        generator = np.random.default_rng(config.training.seed)
         training = np.sort(generator.permutation(training)[:limit])
         held_out = np.sort(generator.permutation(held_out)[:limit])
     return training, held_out
@@ -438,32 +446,32 @@ def _cadence(config: Config, num_steps: int, steps_per_epoch: int) -> Cadence:
     )
 
 
-def _score(plan: Plan) -> oof.Scores | None:
+def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.Scores | None:
     """Gather the finished folds, print each task's scores three ways and write scores.json."""
-    finished = [fold for fold in plan.folder.finished_folds() if isinstance(fold, int)]
+    finished = [fold for fold in folder.finished_folds() if isinstance(fold, int)]
     if not finished:
         return None
-    config, classes = plan.config, plan.table.classes
-    frame = oof.gather(plan.folder, finished, seed=config.training.seed)
+    classes = table.classes
+    frame = oof.gather(folder, finished, seed=config.training.seed)
     scores = {
         task.name: oof.score(frame, task, config.metric_of(task), classes, complete=task is config.tasks[0])
         for task in config.tasks
     }
     first = scores[config.tasks[0].name]
-    flatters = oof.keep_best_flattery(plan.folder, finished, config.tasks[0], config.metric)
+    flatters = oof.keep_best_flattery(folder, finished, config.tasks[0], config.metric)
     about = {"keep_best_flatters": None if flatters is None else flatters[0]}
     tasks = {name: own.as_dict() for name, own in scores.items()}
-    write_json(plan.folder.scores, {**first.as_dict(), **about, "tasks": tasks})
+    write_json(folder.scores, {**first.as_dict(), **about, "tasks": tasks})
     missing: Sequence[int] = sorted(set(range(config.folds.num_folds)) - set(finished))
     for name, own in scores.items():
-        plan.say(own.table(f"{name} {own.metric}" if len(scores) > 1 else None))
+        say(own.table(f"{name} {own.metric}" if len(scores) > 1 else None))
     task = config.tasks[0]
     target = frame[[f"target_{task.name}_{name}" for name in task.targets]].to_numpy()
     pred = frame[[f"pred_{task.name}_{name}" for name in oof.output_names(task, classes)]].to_numpy()
     if doubt := too_good(task.kind, target, pred):
-        plan.say(f"warning: {doubt}")
+        say(f"warning: {doubt}")
     if flatters is not None and flatters[1] > 1:
-        plan.say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
+        say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
     if missing:
-        plan.say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
+        say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
     return first

@@ -1,0 +1,236 @@
+"""FEATURES: texts as tables of numbers, for the estimators of classical.py. N rows, D features.
+
+What is fitted (words and their IDF, mean and deviation of a column) is fitted to the training rows of a fold alone and
+kept as JSON. Embeddings of a fold's fine-tuned model are that model's own for every row, so a held-out row is embedded
+by the one model that did not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from comp.blend.members import read_member
+from comp.catalog import Row, pick
+from comp.config import Config
+from comp.data.tables import Table
+from comp.data.tokens import encode
+from comp.model.backbone import load_backbone, load_tokenizer, save_recipe
+from comp.model.text_model import VECTOR, build_model
+from comp.runs import RunFolder, digest, write_atomic
+from comp.runtime import Runtime, release_memory
+from comp.training.checkpoint import load_weights
+from comp.training.predict import predict
+
+__all__ = ["FEATURES", "Source", "keep_backbone", "parse_features", "transform"]
+
+Floats: TypeAlias = NDArray[np.float64]
+State: TypeAlias = dict[str, Any]
+CACHE = Path("runs/.cache/features")
+MOST_WORDS = 50_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where features come from."""
+
+    table: Table
+    config: Config
+    runtime: Runtime
+    fold: int | str
+    backbone: str
+    """Folder or name that the tokenizer and the pretrained model are read from."""
+    cache: Path | None = CACHE
+
+
+# --- the makers: (source, argument, training rows or None, state or None) -> (matrix (N, D), state) -----------------
+
+
+def tfidf(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
+    """Words and pairs of words by TF-IDF (scikit-learn, sublinear, in 2 texts or more, at most 50,000)."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = [" ".join(row) for row in zip(*source.table.texts, strict=True)]
+    options: dict[str, Any] = {"ngram_range": (1, 2), "sublinear_tf": True, "dtype": np.float64}
+    if state is None:
+        assert training is not None
+        words = TfidfVectorizer(min_df=2, max_features=MOST_WORDS, **options).fit([texts[row] for row in training])
+        vocabulary = {str(word): int(place) for word, place in words.vocabulary_.items()}
+        state = {"vocabulary": vocabulary, "idf": words.idf_.tolist()}
+    words = TfidfVectorizer(vocabulary=state["vocabulary"], **options)
+    words.idf_ = np.asarray(state["idf"])
+    return words.transform(texts).tocsr(), state
+
+
+def statistics(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
+    """Lengths, variety of words, punctuation, and readability indices by textstat (extra `features`)."""
+    values = np.concatenate([_statistics(texts) for texts in source.table.texts], axis=1)
+    return _standardised(values, training, state)
+
+
+def embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
+    """Mean of the last layer of the config's own backbone, as it was pretrained."""
+    config = source.config
+    tokenizer = load_tokenizer(source.backbone)
+
+    def compute() -> Floats:
+        model = build_model(
+            source.backbone, tokenizer, pretrained=True, pooler={"name": "mean"}, heads={},
+            max_length=config.model.max_length, part=config.model.part, with_vectors=True,
+        )  # fmt: skip
+        return _embed(source, model.to(source.runtime.device), tokenizer)
+
+    marks = [source.backbone, repr(config.model.cutting), config.model.part, source.runtime.precision]
+    return _standardised(_cached(source, marks, compute), training, state)
+
+
+def keep_backbone(config: Config, folder: Path) -> None:
+    """Write the pretrained backbone and its tokenizer into a run, which then infers without the hub."""
+    if (folder / "model.safetensors").exists():
+        return
+    tokenizer = load_tokenizer(config.model.backbone)
+    backbone = load_backbone(config.model.backbone, tokenizer, dropout=None, with_pooler=False, part=config.model.part)
+    save_recipe(backbone, tokenizer, folder)
+    backbone.model.save_pretrained(folder)
+
+
+def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
+    """The vectors a run's own fold model gives its head: `run:NAME`."""
+    folder = RunFolder(_run_path(argument))
+    member = read_member(folder.path)
+    own = folder.fold(source.fold)
+    if not own.done.exists():
+        raise ValueError(f"{own.path} is not finished, and fold {source.fold} needs its model; train it first")
+    config = member.config
+
+    def compute() -> Floats:
+        tokenizer = load_tokenizer(str(folder.backbone))
+        model = build_model(
+            folder.backbone, tokenizer, pretrained=False, pooler=config.model.pooler.model_dump(), heads={},
+            max_length=config.model.max_length, num_fields=len(config.competition.text_columns), part=config.model.part,
+            with_vectors=True,
+        )  # fmt: skip
+        load_weights(own.best if source.fold != "full" else own.last, model, without="heads.")
+        return _embed(
+            Source(source.table, config, source.runtime, source.fold, ""), model.to(source.runtime.device), tokenizer
+        )
+
+    marks = [str(folder.path.resolve()), str(source.fold), str(member.manifest["fingerprints"]), own.done.read_text()]
+    return _standardised(_cached(source, marks, compute), training, state)
+
+
+def _run_path(argument: str) -> Path:
+    path = Path(argument)
+    return path if path.exists() else Path("runs") / argument
+
+
+def _embed(source: Source, model: Any, tokenizer: Any) -> Floats:
+    table = source.table
+    encoded = encode(tokenizer, table.texts, **source.config.model.cutting)
+    found = predict(
+        model, encoded, table.ids, decoders={VECTOR: lambda vector: vector.float()}, runtime=source.runtime
+    ).values[VECTOR]
+    del model
+    release_memory()
+    return found
+
+
+def _cached(source: Source, marks: Sequence[str], compute: Callable[[], Floats]) -> Floats:
+    if source.cache is None:
+        return compute()
+    path = source.cache / f"{digest([source.table.fingerprint(), *marks])}.npy"
+    if not path.exists():
+        values = compute().astype(np.float32)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.save(file, values, allow_pickle=False)
+
+        write_atomic(path, write)
+    found: Floats = np.load(path, allow_pickle=False).astype(np.float64)
+    return found
+
+
+def _standardised(values: Floats, training: NDArray[np.int64] | None, state: State | None) -> Any:
+    """Return columns of mean 0 and deviation 1 over the training rows; a constant one becomes 0."""
+    if state is None:
+        assert training is not None
+        mean, std = values[training].mean(axis=0), values[training].std(axis=0)
+        state = {"mean": mean.tolist(), "std": np.where(std > 1e-12, std, 1.0).tolist()}
+    return sparse.csr_matrix((values - np.asarray(state["mean"])) / np.asarray(state["std"])), state
+
+
+def _statistics(texts: Sequence[str]) -> Floats:
+    try:
+        import textstat
+    except ImportError:
+        raise ValueError(
+            "features 'statistics' need textstat; install the extra: pip install 'comp[features]'"
+        ) from None
+    indices = (
+        textstat.flesch_reading_ease,
+        textstat.flesch_kincaid_grade,
+        textstat.gunning_fog,
+        textstat.automated_readability_index,
+        textstat.coleman_liau_index,
+        textstat.dale_chall_readability_score,
+        textstat.words_per_sentence,
+    )
+    rows = []
+    for text in texts:
+        words = text.split()
+        rows.append(
+            [
+                np.log1p(len(text)),
+                np.log1p(len(words)),
+                len({word.casefold() for word in words}) / max(1, len(words)),
+                sum(map(len, words)) / max(1, len(words)),
+                sum(not (sign.isalnum() or sign.isspace()) for sign in text) / max(1, len(text)),
+                sum(sign.isupper() for sign in text) / max(1, len(text)),
+                *((index(text) if words else 0.0) for index in indices),
+            ]
+        )
+    return np.asarray(rows, np.float64)
+
+
+FEATURES: dict[str, Row] = {
+    "tfidf": Row(tfidf, "words and pairs of words by TF-IDF, fitted in the fold", "scikit-learn"),
+    "statistics": Row(statistics, "lengths, variety, punctuation, readability indices", "textstat"),
+    "embeddings": Row(embeddings, "mean of the pretrained backbone's last layer", "Reimers & Gurevych 2019"),
+    "run": Row(run_embeddings, "run:NAME, the vectors of each fold's fine-tuned model", "Kaggle CommonLit 2021"),
+}
+
+
+def parse_features(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Read "tfidf", "run:large" as (name, argument). Raises ValueError that says what is allowed."""
+    found = []
+    for text in names:
+        name, colon, argument = text.partition(":")
+        pick(FEATURES, name, "features")
+        if (name == "run") != bool(colon and argument):
+            raise ValueError(f"--features '{text}': only run takes a name, as in run:large")
+        found.append((name, argument))
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"--features {list(names)}: name each once, and one at least; see `comp list features`")
+    return found
+
+
+def transform(
+    source: Source,
+    features: Sequence[tuple[str, str]],
+    *,
+    training: NDArray[np.int64] | None = None,
+    states: Sequence[State] | None = None,
+) -> tuple[Any, list[State]]:
+    """Return (N, D) as CSR and the fitted states; fitted to the `training` rows, or as `states` say."""
+    made = [
+        FEATURES[name].make(source, argument, training, None if states is None else states[place])
+        for place, (name, argument) in enumerate(features)
+    ]
+    return sparse.hstack([matrix for matrix, _ in made]).tocsr(), [state for _, state in made]
