@@ -136,27 +136,36 @@ def infer(
     blend: Annotated[str | None, typer.Option(help="Blend to apply, in place of --run: blends/<name>.")] = None,
     test: Annotated[str | None, typer.Option(help="Table to predict; default: the config's competition.test.")] = None,
     out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run or blend>.csv.")] = None,
-    fold: Annotated[str | None, typer.Option(help="full, or numbers like 0,2; default: all finished folds.")] = None,
+    fold: Annotated[str | None, typer.Option(help="full, or numbers like 0,2, or 0,1,full.")] = None,
     weights: Annotated[str | None, typer.Option(help="best (the default), last, or averaged.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
+    time_budget: Annotated[str | None, typer.Option(help="Like 8h: leaves out what will not fit.")] = None,
 ) -> None:
     """Predict the test table with finished runs and write a checked submission."""
     from comp.ship.infer import infer as write
 
     folds: list[int | str] | None = None
     if fold is not None:
-        parts = fold.split(",")
-        if fold != "full" and not all(part.strip().isdigit() for part in parts):
-            raise ValueError(f"--fold '{fold}': allowed are full, or numbers like 0,2")
-        folds = ["full"] if fold == "full" else [int(part) for part in parts]
+        parts = [part.strip() for part in fold.split(",")]
+        if not all(part == "full" or part.isdigit() for part in parts) or len(set(parts)) != len(parts):
+            raise ValueError(f"--fold '{fold}': allowed are full, numbers like 0,2, or both like 0,1,full")
+        folds = [part if part == "full" else int(part) for part in parts]
     if blend is not None:
         if run or weights:
             raise ValueError("--blend says which runs and weights; leave out --run and --weights")
         from comp.blend.crossfit import read_blend
 
-        write(blend=read_blend(blend), test=test, out=out, folds=folds, precision=precision)
+        write(blend=read_blend(blend), test=test, out=out, folds=folds, precision=precision, time_budget=time_budget)
     else:
-        write(run or [], test=test, out=out, folds=folds, weights=weights or "best", precision=precision)
+        write(
+            run or [],
+            test=test,
+            out=out,
+            folds=folds,
+            weights=weights or "best",
+            precision=precision,
+            time_budget=time_budget,
+        )
 
 
 @app.command()

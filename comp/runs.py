@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from comp import config_file
 from comp.config import Config, Tracking
@@ -28,12 +31,14 @@ __all__ = [
     "claim",
     "commit",
     "digest",
+    "kept",
     "newest_finished",
     "now",
     "read_json",
     "versions",
     "write_atomic",
     "write_json",
+    "write_stream",
     "write_text",
 ]
 
@@ -87,6 +92,27 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as fault:
         raise ValueError(f"{path} is not valid JSON ({fault}); delete it or make the run anew") from None
+
+
+def kept(path: Path | None, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+    """Return the array that is in `path`, or compute it and write it there; None = compute only."""
+    if path is not None and path.exists():
+        found: NDArray[Any] = np.load(path, allow_pickle=False)
+        return found
+    values = compute()
+    if path is not None:
+        write_stream(path, lambda file: np.save(file, values, allow_pickle=False))
+    return values
+
+
+def write_stream(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write atomically by an open file: by name, NumPy and SciPy add an ending of their own."""
+
+    def to(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            write(file)
+
+    write_atomic(path, to)
 
 
 def now() -> str:

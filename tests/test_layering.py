@@ -89,6 +89,7 @@ LAYERS = {
     "blend/features.py": 5,
     "blend/classical.py": 5,
     "ship/__init__.py": 6,
+    "ship/jobs.py": 6,
     "ship/infer.py": 6,
     "ship/submission.py": 6,
     "ship/demo.py": 6,

@@ -14,6 +14,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from comp.runs import RunFolder
 
 from rows import RESULTS, ROOT, WORK, Row, read_rows, spread_rows, train_all
 
@@ -75,11 +79,8 @@ def prepare() -> None:
 
 def train(label: str, variant: Sequence[str], seed: int, fold: int) -> Row | str:
     """Train one fold in a worker process; return its row, or the reason why the variant was refused."""
-    import numpy as np
-    import pandas as pd
-
     from comp import config_file
-    from comp.runs import RunFolder, commit, read_json, versions
+    from comp.runs import RunFolder
     from comp.training import crossval
 
     os.chdir(WORK)
@@ -92,13 +93,22 @@ def train(label: str, variant: Sequence[str], seed: int, fold: int) -> Row | str
         crossval.run(config, name, str(fold), save_every="never", say=lambda line: None)
     except ValueError as refusal:
         return f"{label}: {refusal}"
+    row = row_of(folder, label, variant, seed, fold)
+    shutil.rmtree(folder.path)
+    return row
+
+
+def row_of(folder: RunFolder, label: str, variant: Sequence[str], seed: int, fold: int) -> Row:
+    """Return the row of a finished fold; its scores are of the first task."""
+    import numpy as np
+    import pandas as pd
+
+    from comp.runs import commit, read_json, versions
+
     frame = pd.read_parquet(folder.fold(fold).oof)
     done = read_json(folder.fold(fold).done)
-    target = frame.filter(like="target_").to_numpy(np.float64)
-    squared = {
-        k: float(((frame.filter(like=f"{k}_readability") - target) ** 2).to_numpy().sum()) for k in ("pred", "last")
-    }
-    shutil.rmtree(folder.path)
+    target = frame["target_readability_target"].to_numpy(np.float64)
+    squared = {k: float(((frame[f"{k}_readability_target"] - target) ** 2).sum()) for k in ("pred", "last")}
     return {
         "variant": label,
         "overrides": list(variant),

@@ -23,7 +23,7 @@ from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
 from comp.metrics import evaluate
-from comp.runs import FoldFolder, RunFolder, claim, digest, read_json, write_atomic, write_json
+from comp.runs import FoldFolder, RunFolder, claim, digest, read_json, write_json, write_stream
 from comp.runtime import Runtime, open_runtime
 from comp.training import oof
 from comp.training.crossval import Fold, open_tables, parse_folds, rows_of, score_run
@@ -157,14 +157,9 @@ class Fit:
 
 
 def _save(folder: FoldFolder, fit: Fit, options: Mapping[str, Any], states: Sequence[Any]) -> None:
-    write_atomic(folder.path / "seen.npz", lambda path: _to_file(path, lambda file: sparse.save_npz(file, fit.seen)))
-    write_atomic(folder.path / "targets.npy", lambda path: _to_file(path, lambda file: np.save(file, fit.targets)))
+    write_stream(folder.path / "seen.npz", lambda file: sparse.save_npz(file, fit.seen))
+    write_stream(folder.path / "targets.npy", lambda file: np.save(file, fit.targets, allow_pickle=False))
     write_json(folder.path / "fitted.json", {"options": dict(options), "states": list(states)})
-
-
-def _to_file(path: Path, write: Callable[[Any], None]) -> None:
-    with open(path, "wb") as file:  # by name, NumPy and SciPy would add an ending of their own
-        write(file)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

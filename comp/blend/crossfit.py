@@ -8,7 +8,7 @@ is fitted (weights, thresholds, calibration) is fitted again for each fold on th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,23 @@ class Blend:
     """Of each run when the blend was fitted."""
     problem: Problem
     """The rows it was fitted to."""
+
+    @property
+    def shares(self) -> list[float]:
+        """How much each run counts: its mean weight's size, or the same for all where the method has no weights."""
+        weights = self.parameters["blend"].get("weights")
+        return [1.0] * len(self.runs) if weights is None else [float(w) for w in np.abs(weights).mean(axis=1)]
+
+    def among(self, runs: list[int]) -> Blend:
+        """Return the blend of some of its runs, fitted again to their rows."""
+        problem = self.problem.runs(runs)
+        return replace(
+            self,
+            parameters=self.recipe.fit(problem),
+            runs=[self.runs[run] for run in runs],
+            fingerprints=[self.fingerprints[run] for run in runs],
+            problem=problem,
+        )
 
     def apply(self, preds: Floats) -> Floats:
         """Return (N, K) from the runs' predictions (R, N, K)."""

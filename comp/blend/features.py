@@ -23,7 +23,7 @@ from comp.data.tables import Table
 from comp.data.tokens import encode
 from comp.model.backbone import load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
-from comp.runs import RunFolder, digest, write_atomic
+from comp.runs import RunFolder, digest, kept
 from comp.runtime import Runtime, release_memory
 from comp.training.checkpoint import load_weights
 from comp.training.predict import predict
@@ -142,19 +142,10 @@ def _embed(source: Source, model: Any, tokenizer: Any) -> Floats:
 
 
 def _cached(source: Source, marks: Sequence[str], compute: Callable[[], Floats]) -> Floats:
-    if source.cache is None:
-        return compute()
-    path = source.cache / f"{digest([source.table.fingerprint(), *marks])}.npy"
-    if not path.exists():
-        values = compute().astype(np.float32)
-
-        def write(temporary: Path) -> None:
-            with open(temporary, "wb") as file:
-                np.save(file, values, allow_pickle=False)
-
-        write_atomic(path, write)
-    found: Floats = np.load(path, allow_pickle=False).astype(np.float64)
-    return found
+    path = None
+    if source.cache is not None:
+        path = source.cache / f"{digest([source.table.fingerprint(), *marks])}.npy"
+    return kept(path, lambda: compute().astype(np.float32)).astype(np.float64)
 
 
 def _standardised(values: Floats, training: NDArray[np.int64] | None, state: State | None) -> Any:

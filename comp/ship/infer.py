@@ -5,8 +5,10 @@ Needs torch, transformers, numpy, pandas, scikit-learn, safetensors, PyYAML and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from comp.model.heads import plan_heads
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel, build_model
 from comp.progress import open_progress
-from comp.runs import RunFolder, newest_finished, read_json
-from comp.runtime import Runtime, open_runtime
+from comp.runs import RunFolder, digest, kept, newest_finished, read_json
+from comp.runtime import Runtime, open_runtime, release_memory
+from comp.ship.jobs import Job, Jobs, parse_duration
 from comp.ship.submission import (
     build_submission,
     build_without_sample,
@@ -40,6 +43,9 @@ from comp.training.predict import predict
 __all__ = ["LoadedRun", "infer", "load"]
 
 Fold = int | str
+Found = dict[int, list[NDArray[np.float64]]]
+"""Run number -> predictions (N, K) of its models."""
+PREDICTIONS = Path("runs/.cache/predictions")
 
 
 @dataclass(frozen=True)
@@ -83,26 +89,31 @@ class LoadedRun:
 
         The text is tokenized once; one model at a time is in memory.
         """
+        progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")
+        try:
+            predict_fold = self.open(table, cache=cache, on_batch=progress.advance)
+            mean: NDArray[np.float64] = np.mean([predict_fold(fold) for fold in self.folds], axis=0)
+        finally:
+            progress.close()
+        return mean
+
+    def open(
+        self, table: Table, *, cache: Path | None = CACHE, on_batch: Callable[[int], Any] | None = None
+    ) -> Callable[[Fold], NDArray[np.float64]]:
+        """Tokenize a table and build the model; return fold -> its (N, K) predictions."""
         tokenizer = load_tokenizer(str(self.folder.backbone))
         encoded = encode(tokenizer, table.texts, **self.config.model.cutting, cache=cache)
         model = self._model(tokenizer).to(self.runtime.device)
         decoders = {self.task.name: build_decoder(self.task, self.classes.get(self.task.name, []))}
-        progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")
-        total: NDArray[np.float64] | float = 0.0
-        try:
-            for fold in self.folds:
-                load_weights(self._weights_of(fold), model)
-                found = predict(
-                    model, encoded, table.ids, decoders=decoders, runtime=self.runtime, on_batch=progress.advance
-                )
-                total = total + found.values[self.task.name]
-        finally:
-            progress.close()
-        assert isinstance(total, np.ndarray)
-        mean: NDArray[np.float64] = total / len(self.folds)
-        return mean
 
-    def _weights_of(self, fold: Fold) -> Path:
+        def predict_fold(fold: Fold) -> NDArray[np.float64]:
+            load_weights(self.weights_of(fold), model)
+            found = predict(model, encoded, table.ids, decoders=decoders, runtime=self.runtime, on_batch=on_batch)
+            return found.values[self.task.name]
+
+        return predict_fold
+
+    def weights_of(self, fold: Fold) -> Path:
         folder = self.folder.fold(fold)
         if self.weights == "averaged":
             if not folder.averaged.exists():
@@ -132,11 +143,21 @@ class LoadedRun:
 class LoadedClassical(LoadedRun):
     """A finished run of scikit-learn on features, ready to predict. Made by `load`."""
 
-    def predict_table(self, table: Table, *, cache: Path | None = CACHE) -> NDArray[np.float64]:
-        """Return (N, K) predictions in the table's order, averaged over the folds."""
-        found = [predict_classical(self.folder, self.config, table, fold, self.runtime) for fold in self.folds]
-        mean: NDArray[np.float64] = np.mean(found, axis=0)
-        return mean
+    def open(
+        self, table: Table, *, cache: Path | None = CACHE, on_batch: Callable[[int], Any] | None = None
+    ) -> Callable[[Fold], NDArray[np.float64]]:
+        """Return fold -> its (N, K) predictions."""
+
+        def predict_fold(fold: Fold) -> NDArray[np.float64]:
+            found = predict_classical(self.folder, self.config, table, fold, self.runtime)
+            if on_batch is not None:
+                on_batch(len(table))
+            return found
+
+        return predict_fold
+
+    def weights_of(self, fold: Fold) -> Path:
+        return self.folder.fold(fold).path / "seen.npz"
 
 
 def load(
@@ -179,14 +200,19 @@ def infer(
     weights: str = "best",
     blend: Blend | None = None,
     precision: str | None = None,
+    time_budget: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Predict the test table with one or more runs, average them, write and check the submission; return its path.
 
-    Without `runs`: the newest finished one. Every run counts the same, whatever its number of folds; or a `blend` says
-    which runs and weights, and how they go together. The predictions are of the first task; runs must agree on its
-    targets, kind and classes.
+    Without `runs`: the newest finished one. Every run counts the same, whatever its number of folds, and every model of
+    a run, a full-data one too; or a `blend` says which runs and weights, and how they go together. The predictions are
+    of the first task; runs must agree on its targets, kind and classes.
+
+    What a model has predicted is kept, so that a killed call goes on where it was. `time_budget` ("8h"): models that
+    will not fit are left out, lightest run first (see jobs.py), and the file is written anew after every model.
     """
+    seconds = None if time_budget is None else parse_duration(time_budget)
     if blend is not None:
         runs, weights = blend.runs, blend.weights
     if not runs:
@@ -209,35 +235,101 @@ def infer(
     # The sample must fit the table that is predicted: --test of another table goes without it.
     sample_file = competition.sample_submission if test is None or test == competition.test else None
     sample = read_submission(Path(sample_file), competition.id) if sample_file else None
-    found: list[NDArray[np.float64]] = []
-    ids: NDArray[np.object_] | None = None
-    for run in loaded:
-        table = read_test(test_file, run.config.competition)
-        if ids is not None and list(ids) != list(table.ids):
+    tables = [read_test(test_file, run.config.competition) for run in loaded]
+    ids = list(tables[0].ids)
+    for run, table in zip(loaded, tables, strict=True):
+        if list(table.ids) != ids:
             raise ValueError(f"{run.folder.path} reads other ids from {test_file} than {first.folder.path}")
-        ids = table.ids
         names = ", ".join(str(fold) for fold in run.folds)
         say(f"{run.folder.path}: {len(table):,} rows, folds {names} ({weights} weights), {run.runtime.describe()}")
-        found.append(run.predict_table(table))
-    assert ids is not None
-    values = np.mean(found, axis=0) if blend is None else blend.apply(np.stack(found))
     about: Mapping[str, Any] = {
         "id_column": competition.id,
         "task": first.task,
         "classes": first.classes.get(first.task.name),
     }
-    if sample is not None:
-        frame = build_submission(sample, list(ids), values, **about)
-    else:
-        frame = build_without_sample(list(ids), values, **about)
-    validate_submission(frame, sample, **about)
     path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
-    sidecar = {"test": str(test_file), "weights": weights, "runs": [_about(run) for run in loaded]}
-    if blend is not None:
-        sidecar["blend"] = read_json(blend.path)
-    write_submission(path, frame, sidecar)
+
+    def write(found: Found) -> pd.DataFrame:
+        values = _together(found, len(loaded), blend)
+        frame = build_submission(sample, ids, values, **about) if sample is not None else build_without_sample(
+            ids, values, **about
+        )  # fmt: skip
+        validate_submission(frame, sample, **about)
+        used = [{**_about(run), "models": len(found.get(number, []))} for number, run in enumerate(loaded)]
+        sidecar: dict[str, Any] = {"test": str(test_file), "weights": weights, "runs": used}
+        write_submission(path, frame, sidecar if blend is None else {**sidecar, "blend": read_json(blend.path)})
+        return frame
+
+    shares = [1.0] * len(loaded) if blend is None else blend.shares
+    found, jobs = _predict_all(loaded, tables, shares, seconds, write if seconds is not None else None)
+    for job in jobs.dropped:
+        say(f"left out, the time budget would not do: {loaded[job.run].folder.path} fold {job.fold}")
+    frame = write(found)
     say(f"wrote {path}: {len(frame):,} rows, columns {', '.join(frame.columns)}; valid")
     return path
+
+
+def _predict_all(
+    runs: Sequence[LoadedRun],
+    tables: Sequence[Table],
+    shares: Sequence[float],
+    seconds: float | None,
+    after_each: Callable[[Found], Any] | None,
+) -> tuple[Found, Jobs]:
+    """Predict with one model at a time; return run number -> predictions of its models, and what became of the jobs."""
+    planned = [
+        Job(number, fold, run.weights_of(fold).stat().st_size * len(tables[number]))
+        for number, run in enumerate(runs)
+        for fold in run.folds
+    ]
+    jobs = Jobs(shares, planned, seconds)
+    found: Found = {}
+    progress = open_progress(sum(len(tables[job.run]) for job in planned), "rows", "row")
+    opened: dict[int, Callable[[Fold], NDArray[np.float64]]] = {}
+
+    def compute(job: Job) -> NDArray[np.float64]:
+        if job.run not in opened:
+            opened.clear()  # the model before goes first: one at a time is in memory
+            release_memory()
+            opened[job.run] = runs[job.run].open(tables[job.run], on_batch=progress.advance)
+        return opened[job.run](job.fold)
+
+    try:
+        while (job := jobs.next()) is not None:
+            run, table, started = runs[job.run], tables[job.run], time.monotonic()
+            path = PREDICTIONS / f"{_mark(run, job.fold, table)}.npy"
+            there = path.exists()
+            found.setdefault(job.run, []).append(kept(path, partial(compute, job)))
+            if there:
+                progress.advance(len(table))
+            jobs.finished(job, None if there else time.monotonic() - started)
+            if after_each is not None:
+                after_each(found)
+    finally:
+        progress.close()
+    return found, jobs
+
+
+def _mark(run: LoadedRun, fold: Fold, table: Table) -> str:
+    """Return what a model's predictions depend on, as a digest."""
+    weights = run.weights_of(fold)
+    status = weights.stat()
+    marks = read_json(run.folder.manifest)["fingerprints"]
+    return digest(
+        [table.fingerprint(), str(weights.resolve()), str(status.st_mtime_ns), str(marks), run.runtime.describe()]
+    )
+
+
+def _together(
+    found: Mapping[int, list[NDArray[np.float64]]], num_runs: int, blend: Blend | None
+) -> NDArray[np.float64]:
+    """Return (N, K): the mean over each run's models, then over runs or as the blend says, of the runs there are."""
+    runs = sorted(found)
+    preds = np.stack([np.mean(found[run], axis=0) for run in runs])
+    if blend is None:
+        mean: NDArray[np.float64] = preds.mean(axis=0)
+        return mean
+    return (blend if len(runs) == num_runs else blend.among(runs)).apply(preds)
 
 
 def _must_be_as_blended(runs: Sequence[LoadedRun], blend: Blend) -> None:
