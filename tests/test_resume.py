@@ -370,6 +370,27 @@ def test_auto_keeps_saving_under_a_twentieth_of_the_time(tmp_path: Path, monkeyp
     assert not saver.due(3, True), "3 of 59 seconds"
 
 
+def test_a_disk_without_room_costs_the_state_and_nothing_else(
+    config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the state before is let go of, then none is written, which is said once; the run ends as ever."""
+    config = config_of()
+    run(config, "whole")
+    real, room = resume.shutil.disk_usage, [*4 * [10**12], 0, 10**12, 0, 0]
+    found: list[bool] = []
+
+    def usage(path: Any) -> Any:
+        found.append((Path(path) / "state.before.pt").exists())
+        return real(path)._replace(free=room.pop(0) if room else 0)
+
+    monkeypatch.setattr(resume.shutil, "disk_usage", usage)
+    with pytest.warns(RuntimeWarning, match="too little for a state of .*--save-every never") as warned:
+        run(config, "full", "2 steps")
+    assert len(warned) == 1
+    assert found[:8] == [False, False, False, False, True, False, True, False], found
+    assert leavings("full") == leavings("whole")
+
+
 def test_random_generators_go_on_where_they_were() -> None:
     import random
 

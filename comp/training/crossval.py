@@ -219,6 +219,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         folder,
         {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
         start=start,
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         mark=tracker.mark,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,

@@ -9,7 +9,9 @@ ends with the bits of one that was not.
 
 from __future__ import annotations
 
+import shutil
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +26,8 @@ from comp.training.trainer import TrainState
 
 __all__ = ["SaveEvery", "Saver", "parse_save_every", "read_state", "start_digest"]
 
+FIRST_SIZE = 3  # a state before any is written, in sizes of the model: weights and two moments
+SPARE = 1.2  # free space that is wanted, in sizes of a state
 MOST_TIME = 0.05  # share of the training time that `auto` spends on saving
 ALLOWED = "auto, evaluation, never, or like '10 minutes' and '200 steps'"
 
@@ -60,8 +64,9 @@ def parse_save_every(text: str) -> SaveEvery:
 
 
 class Saver:
-    """Saves and restores one fold. `parts`: name -> what has a state of its own; `start`: digest of the first weights.
+    """Saves and restores one fold.
 
+    `parts`: name -> what has a state of its own. `start`: digest of the first weights; `weight_bytes`: their size.
     `mark` gives what the tracker needs to go on; `seconds`: what earlier sittings spent on the fold.
     """
 
@@ -71,6 +76,7 @@ class Saver:
         parts: Mapping[str, Stateful],
         *,
         start: str,
+        weight_bytes: int = 0,
         mark: Callable[[], dict[str, Any]],
         every: SaveEvery,
         seconds: float = 0.0,
@@ -79,6 +85,7 @@ class Saver:
         self.folder, self.parts, self.start, self.mark, self.every = folder, parts, start, mark, every
         self.clock, self.began, self.before = clock, clock(), seconds
         self.saved_at, self.saving = self.began, 0.0
+        self.weight_bytes, self.warned = weight_bytes, False
 
     @property
     def seconds(self) -> float:
@@ -97,8 +104,13 @@ class Saver:
         return evaluated and unit == "evaluation"
 
     def save(self, state: TrainState) -> None:
-        """Write the state; the one before is kept beside it until the next time."""
+        """Write the state; the one before is kept beside it until the next time, where the disk has room for both.
+
+        Without room for one more, a warning is given and none is written: training matters more than going on.
+        """
         started = self.clock()
+        if not self._room():
+            return
         whole = {
             "start": self.start,
             "seconds": self.seconds,
@@ -116,6 +128,25 @@ class Saver:
         write_atomic(self.folder.state, write)
         self.saved_at = self.clock()
         self.saving += self.saved_at - started
+
+    def _room(self) -> bool:
+        """Tell whether the disk has room for a state, after letting go of the one before if need be."""
+        size = self.folder.state.stat().st_size if self.folder.state.exists() else FIRST_SIZE * self.weight_bytes
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.folder.path).free < SPARE * size:
+            self.folder.state_before.unlink(missing_ok=True)
+        free = shutil.disk_usage(self.folder.path).free
+        if free >= SPARE * size:
+            return True
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the disk of {self.folder.path} has {free / 2**30:.1f} GiB left, too little for a state of "
+                f"{size / 2**30:.1f} GiB: a stop now loses what is not saved; free some, or use --save-every never",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return False
 
     def restore(self, saved: dict[str, Any]) -> TrainState:
         """Put everything where it was. Raises ValueError when training did not start from the same weights."""
