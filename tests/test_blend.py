@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -313,7 +314,7 @@ def test_from_runs_to_a_submission(kind: str, trained: Callable[..., TinyCompeti
     said = command("infer", "--blend", "blends/three")
     assert "wrote submissions/three.csv" in said
     test = pd.read_csv(competition.test, dtype=str)
-    preds = [load(f"runs/{name}", weights="averaged").predict(test).iloc[:, 1:].to_numpy() for name in "abc"]
+    preds = [load(run, weights="averaged").predict(test).iloc[:, 1:].to_numpy() for run in blend.runs]
     expected = np.einsum("rnk,rk->nk", np.stack(preds), weights)
     assert np.allclose(blend.apply(np.stack(preds)), expected, atol=1e-6)
     sidecar = json.loads(next(Path("submissions").glob("three*.json")).read_text())
@@ -338,6 +339,24 @@ def test_rows_stack_calibration_and_fewer_rows(trained: Callable[..., TinyCompet
         gather(["runs/a"], rows="nothing > 1")
     with pytest.raises(ValueError, match="no rows in common that fit --rows 'target > 1e9'"):
         gather(["runs/a"], rows="target > 1e9")
+
+
+def test_a_run_that_weighs_nothing_need_not_predict(trained: Callable[..., TinyCompetition]) -> None:
+    """Run a copied as d has a's errors: hill climbing takes one of them alone."""
+    competition = trained()
+    shutil.copytree("runs/a", "runs/d")
+    said = command("blend", "--run", "runs/a", "--run", "runs/d", "--method", "hill_climb", "--name", "twins")
+    assert "a " in said and "d " in said
+    blend = read_blend("blends/twins")
+    assert blend.runs == ["runs/a"] and blend.parameters["blend"]["weights"] == [[1.0]]
+    assert len(json.loads(Path("blends/twins/blend.json").read_text())["runs"]) == 1
+    shutil.rmtree("runs/d")
+    command("infer", "--blend", "blends/twins")
+    found = pd.read_csv("submissions/twins.csv", dtype={"id": str}).set_index("id")["target"]
+    test = pd.read_csv(competition.test, dtype=str)
+    assert found.loc[test["id"]].to_numpy() == pytest.approx(
+        load("runs/a").predict(test)["target"].to_numpy(), abs=1e-5
+    )
 
 
 def test_what_cannot_be_blended_is_refused(trained: Callable[..., TinyCompetition]) -> None:

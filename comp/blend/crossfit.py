@@ -92,7 +92,8 @@ class Report:
         """How much the fitted score flatters: cross-fitted minus fitted, its sign turned where higher is better."""
         if self.crossfit is None:
             return None
-        return (self.crossfit - self.fitted) * (-1 if METRICS[self.metric].higher_is_better else 1)
+        gap = (self.crossfit - self.fitted) * (-1 if METRICS[self.metric].higher_is_better else 1)
+        return 0.0 if abs(gap) < 1e-9 else gap
 
     def table(self) -> str:
         """Return what `comp blend` prints."""
@@ -202,7 +203,16 @@ class Blend:
 def write_blend(
     folder: Path, members: Members, recipe: Recipe, parameters: dict[str, Parameters], report: Report
 ) -> Path:
-    """Write blends/<name>/blend.json and the rows it was fitted to beside it; return the path of blend.json."""
+    """Write blends/<name>/blend.json and the rows it was fitted to beside it; return the path of blend.json.
+
+    Runs that weigh nothing are left out: they need not predict.
+    """
+    weights = parameters["blend"].get("weights")
+    if weights is not None:
+        used = [run for run, own in enumerate(weights) if any(own)]
+        parameters = {**parameters, "blend": {**parameters["blend"], "weights": [weights[run] for run in used]}}
+        members = members.among(used)
+        report = replace(report, single=[report.single[run] for run in used])
     problem = members.problem
     columns: dict[str, Any] = {"id": members.ids, "fold": members.fold}
     columns |= {f"target_{place}": column for place, column in enumerate(problem.targets.T)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ class Members:
     """Which weights made the predictions: best, last or averaged."""
     dropped: int
     """Rows that not every run has."""
+
+    def among(self, runs: list[int]) -> Members:
+        """Return some of the runs, on the same rows."""
+        return replace(self, members=[self.members[run] for run in runs], problem=self.problem.runs(runs))
 
     @property
     def names(self) -> list[str]:
