@@ -35,6 +35,7 @@ __all__ = [
     "newest_finished",
     "now",
     "read_json",
+    "sweep",
     "versions",
     "write_atomic",
     "write_json",
@@ -70,6 +71,12 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill left of files that `write_atomic` was writing into a folder."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,21 +58,18 @@ def run(config: Any, name: str, save_every: str = "4 steps", folds: str = "0") -
     crossval.run(config, name, folds, save_every=save_every, say=SAID.append)
 
 
-TIMED = ("time", "train/tokens_per_second", "seconds", "evaluation_share", "tokens_per_second")
+KILL_TEST = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_test.py"
 
 
 def leavings(name: str, fold: int = 0) -> dict[str, Any]:
-    """Return everything a finished fold leaves, but for times; weights as bytes."""
-    folder = Path("runs") / name / f"fold{fold}"
-    assert not list(folder.glob("state*")), "a finished fold drops its state"
-    found: dict[str, Any] = {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line.get("summary", line) for line in lines]
-    found["metrics"] = [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
-    for table in ("oof", "evaluations"):
-        found[table] = pd.read_parquet(folder / f"{table}.parquet").to_csv()
-    done = json.loads((folder / "done.json").read_text())
-    return {**found, "done": {key: value for key, value in done.items() if key not in TIMED}}
+    """Return everything a finished fold leaves, but for times, as benchmarks/kill_test.py compares it."""
+    spec = importlib.util.spec_from_file_location("kill_test", KILL_TEST)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Any] = module.leavings(name, [fold])
+    assert not found[f"fold {fold} left over"], "a finished fold drops its state"
+    return found
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, *, after: bool = False) -> None:
@@ -176,6 +176,14 @@ def test_whatever_the_moment(
         run(config, "cut", save_every)
     run(config, "cut", save_every)
     assert leavings("cut") == leavings("whole")
+
+
+def test_ten_real_kills() -> None:
+    """SIGKILL at random moments, in processes of their own: what `benchmarks/kill_test.py --kills 100` does longer."""
+    command = [sys.executable, str(KILL_TEST), "--kills", "10", "--seed", "3"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "10 of 10 identical to the uninterrupted run" in found.stdout
 
 
 def test_between_folds_and_in_the_second(config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

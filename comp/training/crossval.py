@@ -32,7 +32,7 @@ from comp.optim.groups import ParameterGroup, build_groups, group_table
 from comp.optim.lookahead import Lookahead
 from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
-from comp.runs import RunFolder, claim, write_json, write_text
+from comp.runs import RunFolder, claim, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
@@ -118,6 +118,7 @@ def run(
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
     about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
     claim(folder, config, marks, about, restart=wanted if restart else [])
+    sweep(folder.path)
     plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, every, say)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
     if encoded.num_windowed:
@@ -154,6 +155,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     """Train one fold from seed, or from its saved state, to done.json."""
     config, table, runtime = plan.config, plan.table, plan.runtime
     folder = plan.folder.fold(fold)
+    sweep(folder.path)
     saved = read_state(folder, plan.say)
     if saved is None and folder.path.exists():
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
