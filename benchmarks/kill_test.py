@@ -133,6 +133,7 @@ def main() -> None:
                 same += 1
             else:
                 differing = [name for name in whole if found.get(name) != whole[name]]
+                differing += [file for name in differing if "left over" in name for file in found[name]]
                 print(f"killed after {moment:.2f} of {usual:.2f} s: differs in {', '.join(differing)}", flush=True)
             shutil.rmtree(f"runs/{run}")
             if kill % 10 == 9:

@@ -74,9 +74,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a kill left of files that `write_atomic` was writing into a folder."""
-    for path in folder.glob(".*.part"):
-        path.unlink(missing_ok=True)
+    """Remove what a kill left of files that were being written into a folder: ours, and those of safetensors."""
+    for pattern in (".*.part", ".tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

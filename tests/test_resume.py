@@ -178,6 +178,22 @@ def test_whatever_the_moment(
     assert leavings("cut") == leavings("whole")
 
 
+def test_halves_of_files_are_swept_away(config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, and the one that safetensors keeps beside the file while it writes; a large model leaves gigabytes."""
+    config = config_of()
+    kill_at(monkeypatch, Saver, "due", 9)
+    with pytest.raises(Killed):
+        run(config, "cut")
+    halves = [
+        Path("runs/cut") / name for name in ("fold0/.best.safetensors.7.part", "fold0/.tmpA1b2", ".oof.parquet.7.part")
+    ]
+    for half in halves:
+        half.write_bytes(b"half")
+    run(config, "cut")
+    assert "fold 0: goes on after step 8" in SAID
+    assert not any(half.exists() for half in halves)
+
+
 def test_ten_real_kills() -> None:
     """SIGKILL at random moments, in processes of their own: what `benchmarks/kill_test.py --kills 100` does longer."""
     command = [sys.executable, str(KILL_TEST), "--kills", "10", "--seed", "3"]
