@@ -63,7 +63,7 @@ def train(
         else:
             run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart, save_every=save_every)
     except Stopped as stopped:
-        print(f"comp: {stopped}, and saved; the same command goes on from there")
+        print(f"comp: {stopped}; the same command goes on from what is saved")
         raise typer.Exit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print(f"comp: stopped; the same command goes on from what runs/{name} has saved")
@@ -276,8 +276,13 @@ def doctor() -> None:
 def demo() -> None:
     """Train, infer and score a small competition made from film reviews; about four minutes on two cores."""
     from comp.ship.demo import run_demo
+    from comp.training.trainer import Stopped
 
-    run_demo()
+    try:
+        run_demo()
+    except Stopped as stopped:
+        print(f"comp: {stopped}; the same command goes on from what is saved")
+        raise typer.Exit(128 + stopped.signal) from None
 
 
 @config_app.command("show")

@@ -224,6 +224,8 @@ def test_finished_folds_full_data_and_refusals(setup: Callable[..., Any]) -> Non
     assert len(found) == 20 and np.isfinite(found["target"]).all()
     with pytest.raises(ValueError, match="estimator 'kernel_ridge' does not fit kind 'binary'"):
         fitted(setup("binary")[0], "no", ["tfidf"], "kernel_ridge")
+    with pytest.raises(ValueError, match="runs/words is a classical run and has no averaged weights"):
+        load("runs/words", weights="averaged")
     with pytest.raises(ValueError, match="nothing is no run folder"):
         fitted(config, "no", ["run:nothing"])
 

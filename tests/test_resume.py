@@ -24,7 +24,7 @@ from comp.runtime import Stopper, random_state, seed_everything, set_random_stat
 from comp.training import crossval, held_out, resume
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state
-from comp.training.trainer import Stopped, TrainState
+from comp.training.trainer import NonFiniteError, Stopped, TrainState
 
 SAID: list[str] = []
 
@@ -227,7 +227,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(
         run(config, "cut", "2 steps")
     state = RunFolder("runs/cut").fold(0).state
     raw = bytearray(state.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    middle = len(raw) // 2
+    raw[middle : middle + 4096] = bytes(byte ^ 1 for byte in raw[middle : middle + 4096])  # one might be padding
     state.write_bytes({"cut": raw[:-5000], "flipped": raw, "empty": b""}[damage])
     run(config, "cut", "2 steps")
     assert any("cannot be read" in line and "trying the state before it" in line for line in SAID), SAID
@@ -317,11 +318,51 @@ def test_a_signal_finishes_the_step_and_saves(
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped) as stopped:
         run(config, "cut", save_every)
-    assert (stopped.value.step, stopped.value.signal) == (5, number)
+    assert (str(stopped.value), stopped.value.signal) == ("stopped after step 5, and saved", number)
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
     run(config, "cut", save_every)
     assert "fold 0: goes on after step 5" in SAID
     assert leavings("cut") == leavings("whole")
+
+
+def test_a_signal_while_the_fold_is_written_stops_before_the_next(
+    config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real = config_of(), held_out.HeldOut.write
+
+    def write(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*args)
+
+    monkeypatch.setattr(held_out.HeldOut, "write", write)
+    with pytest.raises(Stopped, match="stopped after fold 0"):
+        run(config, "cut", folds="all")
+    assert RunFolder("runs/cut").finished_folds() == [0]
+
+
+def test_no_state_is_saved_of_a_step_that_is_not_finite(
+    config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, real, calls = config_of(), Objective.share, []
+
+    def share(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) > 8 else 1.0)
+
+    monkeypatch.setattr(Objective, "share", share)
+    with pytest.raises(NonFiniteError, match="training stopped at step 5"):
+        run(config, "cut", "1 steps")
+    saved = read_state(RunFolder("runs/cut").fold(0), SAID.append)
+    assert saved is not None and saved["train"]["step"] == 4
+
+
+def test_a_stop_without_room_does_not_claim_to_be_saved(
+    config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Saver, "_room", lambda self: False)
+    monkeypatch.setattr(Saver, "due", lambda self, step, evaluated: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped after step 2, but there was no room to save it"):
+        run(config_of(), "cut")
 
 
 def test_the_second_ctrl_c_acts_at_once() -> None:
@@ -350,7 +391,7 @@ def test_the_command_says_how_to_go_on(config_of: Callable[..., Any], monkeypatc
     monkeypatch.setattr(Objective, "share", share)
     found = CliRunner().invoke(app, ["train", "--config", "tiny.yaml", "--fold", "0"])
     assert found.exit_code == 143
-    assert "comp: stopped after step 2, and saved; the same command goes on from there" in found.output
+    assert "comp: stopped after step 2, and saved; the same command goes on from what is saved" in found.output
     found = CliRunner().invoke(app, ["train", "--config", "tiny.yaml", "--fold", "0", "--save-every", "sometimes"])
     assert isinstance(found.exception, ValueError)
     assert "--save-every 'sometimes': allowed are auto, evaluation, never, or like" in str(found.exception)

@@ -182,7 +182,7 @@ class FakeRun:
     def __init__(self) -> None:
         self.logged: list[tuple[dict, int]] = []
         self.summary: dict[str, Any] = {}
-        self.finished = False
+        self.finished, self.id = False, "a1b2"
 
     def log(self, values: dict, step: int) -> None:
         self.logged.append((values, step))
@@ -249,6 +249,23 @@ def test_online_run_has_its_names_and_a_short_timeout(fake: Any, tmp_path: Path)
     tracker.finish()
     assert (run.logged, run.summary, run.finished) == ([({"loss": 1.0}, 3)], {"score": 0.5}, True)
     assert "WANDB_DIR" not in os.environ  # put back: the next fold has its own
+
+
+def test_a_resumed_fold_goes_on_in_its_own_run_and_file(fake: Any, tmp_path: Path):
+    module = fake()
+    first = _open(tmp_path, "auto")
+    first.log({"loss": 1.0}, 1)
+    mark = first.mark()
+    first.log({"loss": 2.0}, 2)
+    first.finish()
+    options = {"competition": "clear", "run_name": "large", "fold": 1, "folder": tmp_path, "config_dict": {}}
+    again = open_tracker(Tracking(), metrics_path=tmp_path / "metrics.jsonl", mark=mark, **options)
+    again.log({"loss": 3.0}, 2)
+    again.finish()
+    lines = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1.0, 3.0], "what came after the mark is logged again"
+    assert "id" not in module.inits[0]
+    assert (module.inits[1]["id"], module.inits[1]["resume"]) == ("a1b2", "allow")
 
 
 def test_project_group_and_full_fold(fake: Any, tmp_path: Path):

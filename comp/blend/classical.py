@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from comp.blend.ensemble import PROBABILITIES, Problem, fit_predict, one_hot
-from comp.blend.features import Source, keep_backbone, parse_features, transform
+from comp.blend.features import CACHE, Source, keep_backbone, parse_features, transform
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
@@ -241,11 +241,13 @@ def run_classical(
     return score_run(folder, config, table, say)
 
 
-def predict_classical(folder: RunFolder, config: Config, table: Table, fold: Fold, runtime: Runtime) -> Floats:
-    """Return (N, K) predictions of one fold for another table."""
+def predict_classical(
+    folder: RunFolder, config: Config, table: Table, fold: Fold, runtime: Runtime, *, cached: bool = True
+) -> Floats:
+    """Return (N, K) predictions of one fold for another table. `cached`: keep its tokens and embeddings on disk."""
     about, own = read_json(folder.classical), folder.fold(fold)
     fitted = read_json(own.path / "fitted.json")
-    source = Source(table, config, runtime, fold, str(folder.backbone))
+    source = Source(table, config, runtime, fold, str(folder.backbone), CACHE if cached else None)
     matrix, _ = transform(source, parse_features(about["features"]), states=fitted["states"])
     seen, targets = sparse.load_npz(own.path / "seen.npz"), np.load(own.path / "targets.npy", allow_pickle=False)
     classes = read_json(folder.manifest)["classes"]

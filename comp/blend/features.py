@@ -20,6 +20,7 @@ from comp.blend.members import read_member
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
+from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
 from comp.model.backbone import load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
@@ -132,7 +133,8 @@ def _run_path(argument: str) -> Path:
 
 def _embed(source: Source, model: Any, tokenizer: Any) -> Floats:
     table = source.table
-    encoded = encode(tokenizer, table.texts, **source.config.model.cutting)
+    tokens = None if source.cache is None else TOKENS
+    encoded = encode(tokenizer, table.texts, **source.config.model.cutting, cache=tokens)
     found = predict(
         model, encoded, table.ids, decoders={VECTOR: lambda vector: vector.float()}, runtime=source.runtime
     ).values[VECTOR]

@@ -149,7 +149,7 @@ class LoadedClassical(LoadedRun):
         """Return fold -> its (N, K) predictions."""
 
         def predict_fold(fold: Fold) -> NDArray[np.float64]:
-            found = predict_classical(self.folder, self.config, table, fold, self.runtime)
+            found = predict_classical(self.folder, self.config, table, fold, self.runtime, cached=cache is not None)
             if on_batch is not None:
                 on_batch(len(table))
             return found
@@ -187,6 +187,8 @@ def load(
         )
     wanted = precision or config.training.precision
     runtime = open_runtime(wanted)
+    if folder.classical.exists() and weights == "averaged":
+        raise ValueError(f"{path} is a classical run and has no averaged weights; use --weights best")
     loaded = LoadedClassical if folder.classical.exists() else LoadedRun
     return loaded(folder, config, read_json(folder.manifest)["classes"], chosen, weights, runtime)
 

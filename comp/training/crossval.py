@@ -48,7 +48,7 @@ from comp.training.checkpoint import save_weights
 from comp.training.held_out import HeldOut
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
-from comp.training.trainer import Parts, TrainState, fit
+from comp.training.trainer import Parts, Stopped, TrainState, fit
 
 __all__ = ["Fold", "open_tables", "parse_folds", "rows_of", "run", "score_run"]
 
@@ -133,6 +133,8 @@ def run(
         else:
             with Stopper() as stopper:
                 train_fold(plan, fold, stopper)
+            if stopper.signal is not None:  # it came while the fold was being written, after the last step
+                raise Stopped(f"stopped after fold {fold}", stopper.signal)
             release_memory()
     return score_run(folder, config, table, say)
 

@@ -103,14 +103,14 @@ class Saver:
             return evaluated and self.saving <= MOST_TIME * (self.clock() - self.began)
         return evaluated and unit == "evaluation"
 
-    def save(self, state: TrainState) -> None:
-        """Write the state; the one before is kept beside it until the next time, where the disk has room for both.
+    def save(self, state: TrainState) -> bool:
+        """Write the state and return True; the one before is kept beside it until the next time, if there is room.
 
-        Without room for one more, a warning is given and none is written: training matters more than going on.
+        Without room for one more, a warning is given and none is written (False): training matters more.
         """
         started = self.clock()
         if not self._room():
-            return
+            return False
         whole = {
             "start": self.start,
             "seconds": self.seconds,
@@ -128,6 +128,7 @@ class Saver:
         write_atomic(self.folder.state, write)
         self.saved_at = self.clock()
         self.saving += self.saved_at - started
+        return True
 
     def _room(self) -> bool:
         """Tell whether the disk has room for a state, after letting go of the one before if need be."""

@@ -35,11 +35,11 @@ class NonFiniteError(ArithmeticError):
 
 
 class Stopped(Exception):
-    """Training was asked to stop after `step` by `signal`; its state is saved."""
+    """Training was asked to stop by `signal`; the message says after what, and whether that is saved."""
 
-    def __init__(self, step: int, signal: int) -> None:
-        super().__init__(f"stopped after step {step}")
-        self.step, self.signal = step, signal
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 class Adversary(Protocol):
@@ -61,7 +61,7 @@ class WhenToEvaluate(Protocol):
 class Saver(Protocol):
     def due(self, step: int, evaluated: bool) -> bool: ...
 
-    def save(self, state: TrainState) -> None: ...
+    def save(self, state: TrainState) -> bool: ...
 
 
 @dataclass
@@ -181,10 +181,11 @@ def _save(parts: Parts, state: TrainState, pulse: _Pulse, evaluated: bool) -> No
     if stop is not None or parts.saver.due(state.step, evaluated):
         started = time.perf_counter()
         pulse.note()
-        parts.saver.save(state)
+        saved = parts.saver.save(state)
         pulse.pause(time.perf_counter() - started)
-    if stop is not None:
-        raise Stopped(state.step, stop)
+        if stop is not None:
+            told = "and saved" if saved else "but there was no room to save it"
+            raise Stopped(f"stopped after step {state.step}, {told}", stop)
 
 
 def _set_rates(parts: Parts, step: int) -> float:
@@ -278,8 +279,13 @@ class _Pulse:
             self.read()
 
     def note(self) -> None:
-        """Write what is not logged yet into the state: a run that goes on logs the lines of one that was not cut."""
+        """Write what is not logged yet into the state: a run that goes on logs the lines of one that was not cut.
+
+        Raises NonFiniteError rather than let a state be saved that can only fail again.
+        """
         self.state.unlogged = [(step, float(loss), float(norm), lr) for step, loss, norm, lr in self.waiting]
+        for step, loss, norm, lr in self.state.unlogged:
+            self._check(step, loss, norm, lr)
         self.state.unlogged_tokens = self.state.num_tokens - self.tokens
 
     def pause(self, seconds: float) -> None:
@@ -292,9 +298,7 @@ class _Pulse:
         state, now = self.state, time.perf_counter()
         numbers = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm, _ in self.waiting]).tolist()
         for (step, _, _, lr), (loss, norm) in zip(self.waiting, numbers, strict=True):
-            # Under a loss scaler an infinite gradient is a skipped step, and normal.
-            if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
-                raise NonFiniteError(_advice(step, f"loss {loss}, gradient norm {norm}", lr))
+            self._check(step, loss, norm, lr)
         seconds = now - self.started
         rate = (state.num_tokens - self.tokens) / max(seconds, 1e-9)
         state.train_seconds += seconds
@@ -308,6 +312,11 @@ class _Pulse:
         self.show(len(self.waiting))
         self.waiting.clear()
         self.started, self.tokens = time.perf_counter(), state.num_tokens
+
+    def _check(self, step: int, loss: float, norm: float, lr: float) -> None:
+        # Under a loss scaler an infinite gradient is a skipped step, and normal.
+        if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
+            raise NonFiniteError(_advice(step, f"loss {loss}, gradient norm {norm}", lr))
 
     def show(self, steps: int = 0) -> None:
         """Move the progress line by `steps`; without, only bring its best score up to date."""
