@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import nn
 
 from comp import config_file
 from comp.config_optimizers import Optimizer
-from comp.optim import OPTIMIZERS, build_optimizer
+from comp.optim import OPTIMIZERS, PACKAGES, UNFIT, build_optimizer
 from comp.optim.bertadam import BERTAdam
 from comp.optim.groups import ParameterGroup
 from comp.optim.lookahead import Lookahead
@@ -291,12 +293,47 @@ def test_slow_weights_that_would_never_move_are_refused(
         ("torch_optimizer.RAdam", {}, "ignores the groups' learning rates; use radam"),
         ("torch_optimizer.Lookahead", {}, "cannot be saved; use optimizer.lookahead"),
         ("torch.optim.NAdam", {"lr": 1}, "has no option 'lr'"),
+        ("torch.optim.LBFGS", {}, "has one rate for all parameters"),
+        ("torch.optim.Muon", {}, "moves matrices only"),
+        ("torch.optim.SparseAdam", {}, "is for sparse gradients only"),
+        ("torch_optimizer.Adahessian", {}, "needs second derivatives"),
+        ("torch_optimizer.Adafactor", {}, "makes its own rates unless its option relative_step is false"),
     ],
 )
 def test_a_class_by_name_is_checked(path: str, options: dict[str, Any], message: str) -> None:
     group = ParameterGroup("a", 1e-3, 0.0, ["w"], [nn.Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match=message):
         build_optimizer("class", [group], path=path, options=options)
+
+
+def classes_of_the_packages() -> list[str]:
+    """Return the dotted names of all optimizers that `class` could be asked for, those that are refused left out."""
+    found = []
+    for package in PACKAGES:
+        module = import_module(package)
+        classes = [name for name in dir(module) if inspect.isclass(getattr(module, name))]
+        found += [
+            f"{package}.{name}"
+            for name in classes
+            if issubclass(getattr(module, name), torch.optim.Optimizer) and name != "Optimizer"
+        ]
+    return [path for path in found if path not in UNFIT]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch_optimizer's classes use what torch calls old
+@pytest.mark.parametrize("path", classes_of_the_packages())
+def test_every_class_that_is_allowed_heeds_the_rates_of_its_groups(path: str) -> None:
+    # All of them but a few that scale their steps are exact; what ignores the rates has a ratio of 1.
+    options = {"relative_step": False} if path == "torch_optimizer.Adafactor" else {}
+    slow, fast = (nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    groups = [ParameterGroup("slow", 1e-4, 0.0, ["a"], [slow]), ParameterGroup("fast", 1e-2, 0.0, ["b"], [fast])]
+    optimizer = build_optimizer("class", groups, path=path, options=options)
+    for _ in range(2):
+        for parameter in (slow, fast):
+            parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer.step()
+    moved = [float((parameter.detach() - 1).abs().mean()) for parameter in (slow, fast)]
+    assert moved[1] > 5 * moved[0] > 0
 
 
 def test_what_cannot_work_together_is_refused() -> None:

@@ -80,11 +80,13 @@ VARIANTS: dict[str, Variant] = {
     "swa": one("stability.averaging.name=swa", weights="averaged"),
     "ema": one("stability.averaging.name=ema", weights="averaged"),
     "madgrad": any_of("optimizer={name: madgrad, lr: {}, head_lr: {}, weight_decay: 0}", 3e-5, 1e-4, 3e-4, 1e-3),
-    "radam_lookahead": any_of("optimizer.name=radam_lookahead; optimizer.lr={}", 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3),
+    "radam_lookahead": any_of(
+        "optimizer.name=radam_lookahead; optimizer.lr={}", 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3
+    ),
     "fgm": any_of("stability.adversarial={name: fgm, eps: {}}", 0.1, 0.5),
     "awp": any_of("stability.adversarial={name: awp, start_epoch: 1, lr: {}, eps: 0.01}", 1e-4, 1e-3, 1e-2),
-    "rdrop": any_of("model.dropout=0.1; stability.rdrop={}", 0.1, 1.0, 3.0, what="with dropout 0.1"),
-    "multi_sample_dropout": any_of("model.multi_sample_dropout=5; model.head_dropout={}", 0.1, 0.3),
+    "rdrop": any_of("model.dropout=0.1; stability.rdrop={}", 0.1, 1, 3, 10, what="with dropout 0.1"),
+    "multi_sample_dropout": any_of("model.multi_sample_dropout=5; model.head_dropout={}", 0.1, 0.3, 0.5),
     "supcon": any_of("stability.supcon.weight={}", 0.03, 0.1, 0.3),
     "freeze_embeddings": one("model.freeze_embeddings=true"),
 }

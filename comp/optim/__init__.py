@@ -18,6 +18,19 @@ __all__ = ["OPTIMIZERS", "build_optimizer", "check_options"]
 
 Groups = list[dict[str, Any]]
 PACKAGES = ("torch.optim", "torch_optimizer")
+OWN_RATES = "ignores the groups' learning rates"
+UNFIT = {
+    "torch.optim.LBFGS": "has one rate for all parameters and evaluates the loss itself; use adamw",
+    "torch.optim.Muon": "moves matrices only, and a model has biases and norms too; use adamw",
+    "torch.optim.SparseAdam": "is for sparse gradients only; use adamw",
+    "torch_optimizer.A2GradExp": f"{OWN_RATES}; use adamw",
+    "torch_optimizer.A2GradInc": f"{OWN_RATES}; use adamw",
+    "torch_optimizer.A2GradUni": f"{OWN_RATES}; use adamw",
+    "torch_optimizer.Adahessian": "needs second derivatives, which training does not compute; use adamw",
+    "torch_optimizer.Lookahead": "cannot be saved; use optimizer.lookahead around any other",
+    "torch_optimizer.RAdam": f"{OWN_RATES}; use radam or torch.optim.RAdam",
+}
+"""Classes that cannot train here, and why."""
 # They take lr and weight_decay from the groups, and these are no choice of the user's.
 NOT_OPTIONS = ("self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize")
 
@@ -78,14 +91,14 @@ def check_options(path: str, options: Mapping[str, Any]) -> None:
         raise ValueError(f"optimizer '{path}' needs the package; pip install 'comp[optimizers]'") from None
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise ValueError(f"optimizer '{path}': {module} has no optimizer '{name}'")
-    if path == "torch_optimizer.RAdam":
-        raise ValueError(f"optimizer '{path}' ignores the groups' learning rates; use radam or torch.optim.RAdam")
-    if path == "torch_optimizer.Lookahead":
-        raise ValueError(f"optimizer '{path}' cannot be saved; use optimizer.lookahead around any other")
+    if path in UNFIT:
+        raise ValueError(f"optimizer '{path}' {UNFIT[path]}")
     known = [key for key in inspect.signature(found.__init__).parameters if key not in NOT_OPTIONS]
     wrong = [key for key in options if key not in known]
     if wrong:
         raise ValueError(f"optimizer '{path}' has no option '{wrong[0]}'; its options: {', '.join(known) or 'none'}")
+    if path == "torch_optimizer.Adafactor" and options.get("relative_step", True):
+        raise ValueError(f"optimizer '{path}' makes its own rates unless its option relative_step is false")
 
 
 OPTIMIZERS: dict[str, Row] = {
