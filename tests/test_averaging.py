@@ -145,7 +145,9 @@ def test_it_is_scored_saved_and_predicts(recipe: str, trained: Callable[..., Any
     frame = pd.read_parquet(folder.oof)
     targets, averaged = frame[["target_main_target"]].to_numpy(), frame[["averaged_main_target"]].to_numpy()
     assert scores["averaged"]["pooled"] == evaluate("rmse", targets, averaged)
-    assert "averaged" in "\n".join(SAID)
+    means = {name: scores[name]["mean"] for name in ("averaged", "last", "best")}
+    assert scores["ahead"] == min(means, key=lambda name: means[name])
+    assert f"ahead by the mean of folds: {scores['ahead']} weights" in "\n".join(SAID)
     for fold in (0, 1):
         rows = frame[frame["fold"] == fold]
         texts = pd.read_csv(competition.train, dtype=str).set_index("id").loc[rows["id"]].reset_index()

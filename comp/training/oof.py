@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp.config import Task
-from comp.metrics import evaluate, evaluate_known
+from comp.metrics import evaluate, evaluate_known, is_better
 from comp.runs import RunFolder, read_json, write_atomic
 from comp.training.optimism import flattery
 from comp.training.predict import Predictions
@@ -123,6 +123,21 @@ class Scores:
         """Mean of the folds' scores, last weights."""
         return _mean(self.last_folds)
 
+    @property
+    def ahead(self) -> str | None:
+        """Which weights score best by the mean of the folds: best, last or averaged; None without averaged ones.
+
+        Scores alike: averaged, then last, since `best` is flattered by its choice.
+        """
+        if self.averaged_folds is None:
+            return None
+        chosen, score = None, None
+        for name, folds in (("averaged", self.averaged_folds), ("last", self.last_folds), ("best", self.folds)):
+            mean = _mean(folds)
+            if mean is not None and is_better(self.metric, mean, score):
+                chosen, score = name, mean
+        return chosen
+
     def as_dict(self) -> dict[str, object]:
         """Return what scores.json holds."""
         return {
@@ -130,7 +145,7 @@ class Scores:
             "num_rows": self.num_rows,
             "best": {"folds": self.folds, "mean": self.mean, "std": self.std, "pooled": self.pooled},
             "last": {"folds": self.last_folds, "mean": self.last_mean, "pooled": self.last_pooled},
-            **({"averaged": self._averaged()} if self.averaged_folds is not None else {}),
+            **({"averaged": self._averaged(), "ahead": self.ahead} if self.averaged_folds is not None else {}),
         }
 
     def _averaged(self) -> dict[str, object]:
@@ -154,6 +169,8 @@ class Scores:
         lines += [line(f"fold {fold}", [column[0][fold] for column in columns]) for fold in self.folds]
         lines.append(line("mean of folds", [column[1] for column in columns], f"   (spread {self.std:.5f})"))
         lines.append(line("pooled", [column[2] for column in columns], f"   ({self.num_rows:,} rows)"))
+        if self.ahead is not None:
+            lines.append(f"ahead by the mean of folds: {self.ahead} weights (comp infer --weights {self.ahead})")
         return "\n".join(lines)
 
 
