@@ -143,8 +143,8 @@ def test_the_baseline_of_multitask_is_that_of_the_poolers(
 # --- stability -------------------------------------------------------------------------------------------------------
 
 
-def few(stability: Any, label: str, seed: int, score: float, overrides: list[str], seconds: float = 10.0) -> Any:
-    made = {"variant": label, "overrides": overrides, "seed": seed, "selection": score, "cpu_seconds": seconds}
+def few(stability: Any, label: str, seed: int, score: float, overrides: list[str]) -> Any:
+    made = {"variant": label, "overrides": overrides, "seed": seed, "selection": score}
     return made if seed == stability.TRIAL_SEED else {**made, "rmse": score + 0.1}
 
 
@@ -170,7 +170,7 @@ def few_rows(stability: Any) -> list[dict[str, Any]]:
     ]
     for seed, before, after in ((1, 0.5, 0.45), (2, 0.7, 0.55)):
         rows.append(few(stability, "plain", seed, before, plain))
-        rows.append(few(stability, "llrd", seed, after, [*plain, *decays[2]], 15.0))
+        rows.append(few(stability, "llrd", seed, after, [*plain, *decays[2]]))
     return rows
 
 
@@ -180,7 +180,7 @@ def test_the_rows_to_choose_by_choose_and_the_others_score(stability: Any, few_r
     assert best["scores"] == pytest.approx([0.55, 0.65]) and plain["scores"] == pytest.approx([0.6, 0.8])
     assert best["gain"] == pytest.approx(100 * 0.1 / 0.7)
     assert best["error"] == pytest.approx(100 * np.std([0.05, 0.15], ddof=1) / 2**0.5 / 0.7)
-    assert (best["steadier"], best["worst"], best["cost"]) == pytest.approx((0.5, 0.65, 1.5))
+    assert (best["steadier"], best["worst"]) == pytest.approx((0.5, 0.65))
     assert best["selection"] == pytest.approx(0.5)
 
 
@@ -211,6 +211,25 @@ def test_a_stop_loses_nothing_and_the_choice_goes_on(
     assert len(called) == len(rows) + 1, "only the interrupted one was trained again"
     assert all(row["overrides"][0] == "optimizer.lr=0.0002" for row in rows if row["variant"] != "plain")
     assert stability.table(rows).count("\n| ") == len(stability.VARIANTS) + 1
+
+
+def test_costs_are_timed_in_pairs_and_a_stop_loses_none(
+    stability: Any, few_rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, order = tmp_path / "costs.jsonl", []
+    monkeypatch.setattr(stability, "COSTS", file)
+    monkeypatch.setattr(stability, "prepare", lambda: None)
+    monkeypatch.setattr(stability, "known", lambda: few_rows)
+    monkeypatch.setattr(stability, "timed", lambda own: order.append(own) or 2.0 + ("decay" in " ".join(own)))
+    assert stability.costs_of(few_rows) == {}
+    stability.time_all(1)
+    assert len(order) == 2 * len(stability.VARIANTS)
+    stability.time_all(2)
+    assert len(order) == 4 * len(stability.VARIANTS), "the first round was timed again"
+    costs = stability.costs_of(few_rows)
+    assert (costs["plain"], costs["llrd"]) == (1.0, 1.5)
+    page = stability.table(few_rows)
+    assert page.count("| 1.50 |\n") == 1
 
 
 def test_the_pictures_of_few_samples_are_written(

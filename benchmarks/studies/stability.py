@@ -1,12 +1,13 @@
 """Which few-sample techniques pay? 250 training rows of CLEAR, 200 to choose by, 1,000 others to score, 8 seeds.
 
-    python benchmarks/studies/stability.py            # about three hours of two cores; rows that are there are skipped
+    python benchmarks/studies/stability.py            # about two hours of two cores; rows that are there are skipped
+    python benchmarks/studies/stability.py --costs    # time against plain; ten minutes of a quiet machine
     python benchmarks/studies/stability.py --report   # table and picture from the rows there are
 
-Rows, table and picture: benchmarks/results/stability.jsonl, .md, .png. MiniLM, texts of at most 128 tokens, the same
-48 steps for everyone. `plain` is AdamW evaluated at the ends of epochs; every other variant is plain with one thing
-changed, the recipes with several. Where a technique has a strength or an optimizer a rate, its candidates are tried
-with a seed of their own on the 200 rows, and the best goes on: the 1,000 rows choose nothing.
+Rows, table and picture: benchmarks/results/stability.jsonl, stability_cost.jsonl, .md, .png. MiniLM, texts of at most
+128 tokens, the same 48 steps for everyone. `plain` is AdamW evaluated at the ends of epochs; every other variant is
+plain with one thing changed, the recipes with several. Where a technique has a strength or an optimizer a rate, its
+candidates are tried with a seed of their own on the 200 rows, and the best goes on: the 1,000 rows choose nothing.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rows import RESULTS, ROOT, WORK, Row, read_rows, spread_rows, train_all
+from rows import RESULTS, ROOT, WORK, Row, note, read_rows, spread_rows, train_all
 
 TRAINING, SELECTION, SCORING = 250, 200, 1000
 SEEDS, TRIAL_SEED = range(1, 9), 100
 ROWS, BASELINE = RESULTS / "stability.jsonl", "plain"
 KEYS = ("variant", "seed", "overrides")
+COSTS, COST_KEYS = RESULTS / "stability_cost.jsonl", ("variant", "overrides", "round")
 COMMAND = "python benchmarks/studies/stability.py"
 SETTINGS = [
-    "competition.name=clear250",
-    f"competition.train={WORK / 'few.csv'}",
+    "competition.name=few",
     "competition.test=null",
     "competition.sample_submission=null",
     "folds={splitter: column, column: fold, num_folds: 2}",
@@ -97,20 +98,28 @@ VARIANTS: dict[str, Variant] = {
 
 def prepare() -> None:
     """Write the rows and their two folds: 1 = trained on, 0 = chosen by; and the ones to score, apart."""
-    from comp import config_file
     from comp.data.folds import get_or_make_folds
     from comp.data.tables import read_competition
 
     WORK.mkdir(parents=True, exist_ok=True)
     frame = spread_rows(TRAINING + SELECTION + SCORING)
     frame.iloc[TRAINING + SELECTION :].to_csv(WORK / "score.csv", index=False)
-    few = frame.iloc[: TRAINING + SELECTION].copy()
-    few["fold"] = [1] * TRAINING + [0] * SELECTION
-    few.to_csv(WORK / "few.csv", index=False)
     os.chdir(WORK)
-    config = config_file.load(ROOT / "configs" / "clear-minilm.yaml", SETTINGS)
-    table, _ = read_competition(config.competition, config.tasks)
-    get_or_make_folds(Path("folds/clear250.csv"), table, config.tasks, config.folds)
+    for name, training, selection in (("few", TRAINING, SELECTION), ("half", TRAINING // 2, SELECTION // 2)):
+        few = frame.iloc[[*range(training), *range(TRAINING, TRAINING + selection)]].copy()
+        few["fold"] = [1] * training + [0] * selection
+        few.to_csv(f"{name}.csv", index=False)
+        config = load_config(name)
+        table, _ = read_competition(config.competition, config.tasks)
+        get_or_make_folds(Path(f"folds/{name}.csv"), table, config.tasks, config.folds)
+
+
+def load_config(rows: str, overrides: Sequence[str] = ()) -> Any:
+    """Return the config of one training on rows "few", or "half" of them for timing."""
+    from comp import config_file
+
+    own = [f"competition.train={WORK / f'{rows}.csv'}", f"folds.name={rows}"]
+    return config_file.load(ROOT / "configs" / "clear-minilm.yaml", [*SETTINGS, *own, *overrides])
 
 
 def train(label: str, overrides: Sequence[str], weights: str, seed: int) -> Row | str:
@@ -118,12 +127,10 @@ def train(label: str, overrides: Sequence[str], weights: str, seed: int) -> Row 
 
     A trial is scored on the 200 rows alone.
     """
-    import time
-
     import numpy as np
     import pandas as pd
 
-    from comp import config_file, load
+    from comp import load
     from comp.runs import RunFolder, commit, read_json, versions
     from comp.training import crossval
 
@@ -132,12 +139,8 @@ def train(label: str, overrides: Sequence[str], weights: str, seed: int) -> Row 
     folder = RunFolder(Path("runs") / name)
     shutil.rmtree(folder.path, ignore_errors=True)
     try:
-        config = config_file.load(
-            ROOT / "configs" / "clear-minilm.yaml", [*SETTINGS, f"training.seed={seed}", *overrides]
-        )
-        started = time.process_time()
+        config = load_config("few", [f"training.seed={seed}", *overrides])
         crossval.run(config, name, "0", save_every="never", say=lambda line: None)
-        seconds = time.process_time() - started
     except ValueError as refusal:
         return f"{label}: {refusal}"
     done = read_json(folder.fold(0).done)
@@ -149,7 +152,6 @@ def train(label: str, overrides: Sequence[str], weights: str, seed: int) -> Row 
         "selection": done[weights],
         "best_step": done["best_step"],
         "steps": done["steps"],
-        "cpu_seconds": round(seconds, 1),
         "commit": commit(ROOT / "comp"),
         "versions": {key: versions()[key] for key in ("torch", "transformers")},
     }
@@ -164,7 +166,7 @@ def train(label: str, overrides: Sequence[str], weights: str, seed: int) -> Row 
 def describe(row: Row) -> str:
     """Return the line that is printed when a row is there."""
     score = f"{row['rmse']:.4f}" if "rmse" in row else f"{row['selection']:.4f} on the rows to choose by"
-    return f"{row['variant']} {' '.join(row['overrides'])} seed {row['seed']}: {score}, {row['cpu_seconds']:.0f} s"
+    return f"{row['variant']} {' '.join(row['overrides'])} seed {row['seed']}: {score}"
 
 
 def run(jobs: int) -> None:
@@ -215,6 +217,52 @@ def chosen(label: str, rows: list[Row]) -> list[str]:
     return min(tried, key=lambda overrides: scores.get(tuple(overrides), float("inf")))
 
 
+# --- what they cost ---------------------------------------------------------------------------------------------------
+
+
+def time_all(rounds: int) -> None:
+    """Time every chosen variant against plain, one right after the other on half of the rows, in turns which is first.
+
+    Evaluations count, start-up does not.
+    """
+    prepare()
+    rows = known()
+    there = {(row["variant"], tuple(row["overrides"]), row["round"]) for row in read_rows(COSTS, *COST_KEYS)}
+    plain = chosen(BASELINE, rows)
+    for number in range(1, rounds + 1):
+        for place, label in enumerate(VARIANTS):
+            own = chosen(label, rows)
+            if (label, tuple(own), number) in there:
+                continue
+            order = [(BASELINE, plain), ("it", own)]
+            took = {which: timed(overrides) for which, overrides in (order if place % 2 else order[::-1])}
+            note(
+                COSTS,
+                {"variant": label, "overrides": own, "round": number, "ratio": took["it"] / took[BASELINE]},
+                lambda row: f"{row['variant']} round {row['round']}: {row['ratio']:.2f} of plain's time",
+            )
+
+
+def timed(overrides: Sequence[str]) -> float:
+    """Return the seconds of one training in this process, evaluations included."""
+    from comp.runs import RunFolder, read_json
+    from comp.training import crossval
+
+    folder = RunFolder(Path("runs/timed"))
+    shutil.rmtree(folder.path, ignore_errors=True)
+    crossval.run(load_config("half", overrides), "timed", "0", save_every="never", say=lambda line: None)
+    return float(read_json(folder.fold(0).done)["seconds"])
+
+
+def costs_of(rows: list[Row]) -> dict[str, float]:
+    """Return variant -> its time over plain's, median of the rounds of its chosen candidate."""
+    found: dict[str, list[float]] = {}
+    for row in read_rows(COSTS, *COST_KEYS):
+        if row["variant"] in VARIANTS and row["overrides"] == chosen(row["variant"], rows):
+            found.setdefault(row["variant"], []).append(row["ratio"])
+    return {label: statistics.median(ratios) for label, ratios in found.items()}
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +270,7 @@ def summary(rows: list[Row], variants: Mapping[str, Variant] = VARIANTS) -> list
     """Return one line per variant, lowest mean first; only the chosen candidates' rows, trials left out.
 
     `mean`, `std`, `worst`: RMSE on the 1,000 rows, over seeds. `gain`: mean over seeds of plain - variant in percent
-    of plain's mean; `error` its standard error. `steadier`: std over plain's. `cost`: CPU seconds of training over
-    plain's with the same seed, median.
+    of plain's mean; `error` its standard error. `steadier`: std over plain's.
     """
     import numpy as np
 
@@ -255,7 +302,6 @@ def summary(rows: list[Row], variants: Mapping[str, Variant] = VARIANTS) -> list
                 "gain": float(gains.mean()),
                 "error": float(gains.std(ddof=1) / len(gains) ** 0.5),
                 "steadier": float(scores.std(ddof=1) / base.std(ddof=1)),
-                "cost": statistics.median(row["cpu_seconds"] / one["cpu_seconds"] for one, row in both),
             }
         )
     return sorted(lines, key=lambda line: float(line["mean"]))
@@ -272,17 +318,20 @@ def table(rows: list[Row]) -> str:
         "seeds, in percent, with its standard error; under about two errors it is noise. Steadier: standard",
         "deviation over seeds relative to",
         f"`{BASELINE}`'s; with 8 seeds each, two equal ones differ by a factor of up to about 2 by luck. Selection:",
-        "RMSE on the rows to choose by, which flatters. Cost: CPU seconds of training relative to plain's.",
+        "RMSE on the rows to choose by, which flatters. Cost: time of training and evaluating relative to",
+        f"`{BASELINE}`'s right beside it (`{COMMAND} --costs`; `{BASELINE}` against itself shows the noise).",
         "",
         "| technique | mean | std | worst seed | gain, % | steadier | selection | cost |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    costs = costs_of(rows)
     for line in summary(rows):
         plain = line["variant"] == BASELINE
+        cost = f"{costs[line['variant']]:.2f}" if line["variant"] in costs else "-"
         gain = "" if plain else f"{line['gain']:+.1f} ± {line['error']:.1f}"
         lines.append(
             f"| {line['variant']} | {line['mean']:.4f} | {line['std']:.4f} | {line['worst']:.4f} | {gain} | "
-            f"{line['steadier']:.2f} | {line['selection']:.4f} | {line['cost']:.2f} |"
+            f"{line['steadier']:.2f} | {line['selection']:.4f} | {cost} |"
         )
     lines += ["", "What each changes:", ""]
     for label, variant in VARIANTS.items():
@@ -326,9 +375,13 @@ def picture(rows: list[Row], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--costs", action="store_true", help="time the variants instead; nothing else may run")
+    parser.add_argument("--rounds", type=int, default=1, help="of timing")
     parser.add_argument("--report", action="store_true", help="only write table and picture")
     options = parser.parse_args()
-    if not options.report:
+    if options.costs:
+        time_all(options.rounds)
+    elif not options.report:
         run(options.jobs)
     rows = known()
     if sum(row["variant"] == BASELINE and "rmse" in row for row in rows) < 2:
