@@ -194,7 +194,7 @@ class Worker:
     def __init__(self, device: str, threads: int) -> None:
         self.device = device
         self._process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND, json.dumps(sys.path)],
+            [sys.executable, "-u", "-c", COMMAND, json.dumps([str(path) for path in sys.path])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -215,7 +215,8 @@ class Worker:
         for line in self._process.stderr:
             text = line.decode(errors="replace")
             self._said.append(text)
-            sys.stderr.write(text)
+            with suppress(OSError, ValueError):  # nobody may listen to us any more
+                sys.stderr.write(text)
 
     def ask(self, request: Any) -> None:
         assert self._process.stdin is not None
