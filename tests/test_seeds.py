@@ -48,6 +48,9 @@ def test_every_seed_is_a_run_of_its_own(
     assert written["best"]["std"] == pytest.approx(np.std(pooled, ddof=1))
     assert f"mean            {np.mean(pooled):>10.5f}" in found.output
     one, two = (pd.read_parquet(f"runs/tiny-seed{seed}/oof.parquet") for seed in (0, 7))
+    assert (one["seed"] == 0).all() and (two["seed"] == 7).all()
+    marks = read_json(RunFolder("runs/tiny-seed7").manifest)["fingerprints"]
+    assert two.attrs["fingerprints"] == marks and set(marks) == {"config", "data", "folds"}
     assert (one["id"] == two["id"]).all() and (one["fold"] == two["fold"]).all()
     assert not np.allclose(one["pred_main_target"], two["pred_main_target"])
     again = CliRunner().invoke(app, ["train", "--config", "tiny.yaml", "--seeds", "0,7,8"], catch_exceptions=False)

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from comp import runtime
 from comp.runtime import Runtime, check_devices, choose_devices
-from comp.ship import loaded
-from comp.ship.loaded import LoadedRun, crew_of
 from comp.ship.workers import Alone, Crew, WorkerFault, open_crew
+
+# A worker imports this file, to open what it is sent: nothing heavy stands here.
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def test_faults_are_told_plainly_and_nothing_hangs(capfd: pytest.CaptureFixture[
         ("kill", WorkerFault, "the worker on cpu ended by SIGKILL, which is often the system's answer to too little"),
         ("exit", WorkerFault, "(?s)the worker on cpu ended with exit status 3; .*it said:\nbuilt\nthe last words"),
     ):
-        hurt = Crew(["cpu", "cpu"])
+        hurt = Crew(["cpu", "cpu"] if does in ("mistake", "kill") else ["cpu"])
         with pytest.raises(kind, match=message):
             hurt.predict(Doubler(does=does), 1, rows, lambda done: None)
         for worker in hurt.workers:
@@ -118,6 +117,11 @@ def test_devices_are_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_visible_gpu_works_unless_there_is_little_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from comp.ship import loaded
+    from comp.ship.loaded import LoadedRun, crew_of
+
     opened: list[list[str]] = []
     monkeypatch.setattr(loaded, "open_crew", opened.append)
     two = (Runtime(torch.device("cuda:0"), "fp16"), Runtime(torch.device("cuda:1"), "fp16"))

@@ -74,7 +74,9 @@ class LoadedRun:
 
     def describe(self) -> str:
         """Return the devices in words."""
-        return ", ".join(runtime.describe() for runtime in self.runtimes)
+        if len(self.runtimes) == 1:
+            return self.runtime.describe()
+        return f"{len(self.runtimes)} workers on {'; '.join(runtime.kind for runtime in self.runtimes)}"
 
     def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Predict a frame that has the competition's id and text columns.
