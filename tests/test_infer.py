@@ -35,7 +35,7 @@ from comp.ship import infer as ship
 from comp.ship import loaded
 from comp.ship.jobs import Job, Jobs, parse_duration
 from comp.ship.workers import Alone, Crew
-from comp.training import crossval
+from comp.training import checkpoint, crossval
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
@@ -258,6 +258,29 @@ def test_too_little_memory_is_said(trained: TinyCompetition, monkeypatch: pytest
         ValueError, match="runs/a: cpu has too little memory for batches of 2,048 tokens; use a smaller"
     ):
         load("runs/a").predict(pd.read_csv(trained.test, dtype=str))
+
+
+def test_weights_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices cut into rows, vectors, numbers, tensors of nothing; a cut file is refused."""
+
+    def made() -> torch.nn.Module:
+        model = torch.nn.Sequential(torch.nn.Linear(30, 70), torch.nn.BatchNorm1d(70))
+        model.register_buffer("nothing", torch.zeros(0, 4))
+        model[1].num_batches_tracked += torch.randint(1, 100, ())
+        return model
+
+    monkeypatch.setattr(checkpoint, "PIECE", 100)
+    one, two, half = made(), made(), made().to(torch.bfloat16)
+    checkpoint.save_weights(tmp_path / "w.safetensors", one)
+    checkpoint.load_weights(tmp_path / "w.safetensors", two)
+    checkpoint.load_weights(tmp_path / "w.safetensors", half)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name])
+        assert torch.equal(tensor.to(half.state_dict()[name].dtype), half.state_dict()[name])
+    raw = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(raw[:-50])
+    with pytest.raises(ValueError, match="cannot be read .*; train the fold again with --restart"):
+        checkpoint.load_weights(tmp_path / "w.safetensors", two)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
