@@ -23,7 +23,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,15 @@ import numpy as np
 import pandas as pd
 import torch
 from finished_run import CLEAR, TEST, write_finished_run
+from poolers import seconds
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+from train_speed import BACKBONE, Bare
+from transformers import AutoTokenizer, logging
 
 from comp.data.batches import Batch
+from comp.model.backbone import resolve_source
 from comp.runs import RunFolder
 from comp.ship.infer import infer, load
 from comp.training.predict import batch_tokens_of
@@ -46,15 +48,6 @@ from comp.training.predict import batch_tokens_of
 RESULT = Path(__file__).resolve().parent / "results" / "infer_speed.md"
 FOLDS, MAX_LENGTH, BATCH = 5, 256, 32
 GOALS = 4.0, 0.85
-
-
-def seconds(work: Callable[..., Any], *words: Any) -> float:
-    """Return how long it takes, a GPU's work included."""
-    started = time.perf_counter()
-    work(*words)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 # --- comp ------------------------------------------------------------------------------------------------------------
@@ -84,27 +77,13 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
         return {name: found[name][0] for name in ("input_ids", "attention_mask")}
 
 
-class Regressor(nn.Module):
-    """AutoModel, masked mean, linear layer."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder), add_pooling_layer=False)
-        self.head = nn.Linear(self.backbone.config.hidden_size, 1)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return self.head((hidden * weight).sum(1) / weight.sum(1))
-
-
 def notebook_way(run: RunFolder, test: Path, folds: int) -> np.ndarray:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     texts = list(pd.read_csv(test)["excerpt"])
     found = []
     for fold in range(folds):
         tokenizer = AutoTokenizer.from_pretrained(run.backbone)
-        model = Regressor(run.backbone)
+        model = Bare(resolve_source(BACKBONE))
         state = load_file(run.fold(fold).best)
         names = {name: _renamed(name) for name in state}
         model.load_state_dict({names[name]: tensor for name, tensor in state.items()})
@@ -112,7 +91,8 @@ def notebook_way(run: RunFolder, test: Path, folds: int) -> np.ndarray:
         preds = []
         with torch.no_grad():
             for batch in DataLoader(Rows(texts, tokenizer), batch_size=BATCH):
-                preds.append(model(**{name: tensor.to(device) for name, tensor in batch.items()}).cpu())
+                ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+                preds.append(model(ids, mask).cpu())
         found.append(torch.cat(preds).numpy())
     return np.mean(found, axis=0)
 
