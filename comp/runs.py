@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
@@ -103,13 +104,19 @@ def read_json(path: Path) -> Any:
 
 
 def kept(path: Path | None, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """Return the array that is in `path`, or compute it and write it there; None = compute only."""
+    """Return the array that is in `path`, or compute it and write it there; None = compute only.
+
+    A read-only or full disk costs what would be kept, with a warning, not what was computed.
+    """
     if path is not None and path.exists():
         found: NDArray[Any] = np.load(path, allow_pickle=False)
         return found
     values = compute()
     if path is not None:
-        write_stream(path, lambda file: np.save(file, values, allow_pickle=False))
+        try:
+            write_stream(path, lambda file: np.save(file, values, allow_pickle=False))
+        except OSError as fault:
+            warnings.warn(f"nothing is kept in {path.parent}: {fault.strerror or fault}", stacklevel=2)
     return values
 
 

@@ -90,6 +90,8 @@ LAYERS = {
     "blend/classical.py": 5,
     "ship/__init__.py": 6,
     "ship/jobs.py": 6,
+    "ship/workers.py": 6,
+    "ship/loaded.py": 6,
     "ship/infer.py": 6,
     "ship/submission.py": 6,
     "ship/demo.py": 6,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from comp.blend.ensemble import PROBABILITIES, Problem, fit_predict, one_hot
-from comp.blend.features import CACHE, Source, keep_backbone, parse_features, transform
+from comp.blend.features import CACHE, Source, check_folds_of_runs, keep_backbone, parse_features, transform
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
@@ -189,6 +189,7 @@ def run_classical(
     config = config.model_copy(update={"tasks": [task]})
     folder = RunFolder(Path("runs") / name)
     table, folding = open_tables(config, wanted, say)
+    check_folds_of_runs(chosen, folding)
     about = {"features": list(features), "estimator": estimator, "options": options}
     marks = {"data": table.fingerprint(), "classical": digest([repr(about)])}
     marks |= {"folds": folding.fingerprint} if folding else {}

@@ -19,7 +19,7 @@ from torch import nn
 from comp.config import Config, parse_every
 from comp.data.batches import Labels, collate, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
-from comp.data.leaks import Evidence, lint, too_good
+from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
 from comp.metrics import METRICS, is_better
@@ -473,8 +473,8 @@ def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.
     task = config.tasks[0]
     target = frame[[f"target_{task.name}_{name}" for name in task.targets]].to_numpy()
     pred = frame[[f"pred_{task.name}_{name}" for name in oof.output_names(task, classes)]].to_numpy()
-    if doubt := too_good(task.kind, target, pred):
-        say(f"warning: {doubt}")
+    if leak := better_than_can_be([OutOfFold(folder.name, task.kind, target, pred)]):
+        say(f"warning: {leak}")
     if flatters is not None and flatters[1] > 1:
         say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
     if missing:
