@@ -7,7 +7,7 @@ every length, truncation and window. Shapes: N rows, P pieces (a row has one, or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,10 @@ class Encoded:
     def lengths(self) -> NDArray[np.int64]:
         """(N,) tokens per row over all its pieces, special tokens included."""
         return np.diff(self.offsets[self.first])
+
+    def head(self, num_rows: int) -> Encoded:
+        """Return the first rows alone."""
+        return replace(self, first=self.first[: num_rows + 1])
 
     def documents(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
         """Return the token ids of each of `rows`, all its pieces in a row."""
