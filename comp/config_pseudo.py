@@ -25,8 +25,8 @@ class Pseudo(Section):
     over the true ones: each stage has the learning-rate schedule anew (the optimizer's moments stay), and evaluation,
     averaging and adversarial training belong to the second."""
     weight: float = Field(1.0, gt=0)
-    """mixed: row weight of a pseudo row in the loss, where a true row has 1 or its competition.weight; `pseudo: null`
-    trains without them."""
+    """mixed: row weight of a pseudo row in the loss, where a true row has 1 or its competition.weight; a step's loss is
+    the weighted mean over its batch. `pseudo: null` trains without them."""
     epochs: int | None = Field(None, ge=1)
     """two_stage: passes over the pseudo rows; null = 1."""
     labels: Literal["soft", "hard"] = "soft"

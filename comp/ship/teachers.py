@@ -89,6 +89,8 @@ def chosen_by_held_out(config: Config, run: LoadedRun) -> list[str]:
     if run.folder.classical.exists():
         features = [name for name in read_json(run.folder.classical)["features"] if name.startswith("run:")]
         return [f"the features {name} are of best weights, those of the best held-out score" for name in features]
+    if run.folds == ["full"]:
+        return []  # holds nothing out
     adversarial = config.stability.adversarial
     reasons = {
         "best weights are those of the best held-out score": run.weights == "best",
