@@ -145,6 +145,22 @@ def blend(
 
 
 @app.command()
+def pseudo(
+    run: Annotated[list[str], typer.Option(help="Run folder, a teacher; repeatable.")],
+    data: Annotated[str, typer.Option(help="Table without targets: the columns of the test table.")],
+    name: Annotated[str | None, typer.Option(help="Name of the set, inside pseudo/; default: the run's.")] = None,
+    weights: Annotated[str, typer.Option(help="last, averaged, or best (chosen on held-out rows).")] = "last",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set of this name.")] = False,
+) -> None:
+    """Label a table by finished runs, for each fold by its own models alone: pseudo/<name>."""
+    from comp.ship.teachers import make_labels
+
+    if name is not None and (Path(name).name != name or name.startswith(".")):
+        raise ValueError(f"--name '{name}': a set is named like a folder inside pseudo/, without slashes")
+    make_labels(run, data, name=name, weights=weights, overwrite=overwrite)
+
+
+@app.command()
 def infer(
     run: Annotated[list[str] | None, typer.Option(help="Run folder; repeatable; default: the newest finished.")] = None,
     blend: Annotated[str | None, typer.Option(help="Blend to apply, in place of --run: blends/<name>.")] = None,

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from comp.catalog import nearest
 from comp.config_optimizers import AdamW, Optimizer
 from comp.config_poolers import DensePooler, MeanPooler, Pooler
+from comp.config_pseudo import Pseudo
 from comp.config_section import Section
 from comp.config_stability import Stability
 from comp.config_variants import Groups, LinearSchedule, Loss, Schedule, UnifiedLayout
@@ -352,6 +353,8 @@ class Config(Section):
     """Learning rate over the run (see `comp list schedules`)."""
     stability: Stability = Stability()
     training: Training = Training()
+    pseudo: Pseudo | None = None
+    """Pseudo-labelled rows of `comp pseudo`; null = off."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 
@@ -438,6 +441,12 @@ class Config(Section):
                 "stability.adversarial 'fgm' moves the word table, which model.freeze_embeddings keeps fixed; use awp, "
                 "or set freeze_embeddings to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pseudo_fits_task(self) -> Config:
+        if self.pseudo is not None:
+            self.pseudo.must_fit(self.tasks[0].kind, self.tasks[0].loss.name)
         return self
 
     @model_validator(mode="after")

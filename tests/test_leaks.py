@@ -17,7 +17,7 @@ from comp import config_file
 from comp.blend.classical import run_classical
 from comp.cli import app
 from comp.config import Competition, Task
-from comp.data.leaks import LEAKS, NEAR, WORDS, Evidence, Leak, OutOfFold, better_than_can_be, leak_table, lint
+from comp.data.leaks import LEAKS, NEAR, WORDS, Evidence, Leak, OutOfFold, alike, better_than_can_be, leak_table, lint
 from comp.data.tables import Table, read_test, read_train, table_of
 from comp.training import crossval
 
@@ -125,6 +125,15 @@ def test_nearly_the_same_is_the_jaccard_index_of_runs_of_words() -> None:
     assert 0 < expected < 600
     (leak,) = lint(Evidence(table(texts)), cache=None)
     assert (leak.rule, leak.count) == ("near_copies", expected)
+
+
+def test_rows_alike_those_of_another_table_or_earlier_ones() -> None:
+    others = table(["new", " two TEXTS here", NEARLY, "short text"], test=True)
+    equal, near = alike(others, table(CLEAN))
+    assert equal.tolist() == [False, True, False, False] and near.tolist() == [False, False, True, False]
+    own = table(["one", LONG, "One", NEARLY, LONG])
+    equal, near = alike(own, own)
+    assert equal.tolist() == [False, False, True, False, True] and near.tolist() == [False, False, False, True, False]
 
 
 def test_a_text_that_is_the_target_itself() -> None:

@@ -184,6 +184,8 @@ def run_classical(
     wanted, chosen = parse_folds(folds, config.folds.num_folds), parse_features(features)
     row = pick(ESTIMATORS, estimator, "estimator")
     task, options = config.tasks[0], dict(options or {})
+    if config.pseudo is not None:
+        raise ValueError("estimators are fitted to true rows alone; leave the label set out: --set pseudo=null")
     if task.kind not in row.kinds:
         raise ValueError(f"estimator '{estimator}' does not fit kind '{task.kind}'; it fits {', '.join(row.kinds)}")
     config = config.model_copy(update={"tasks": [task]})

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.catalog import Row
-from comp.data.frames import cell_strings, listed
+from comp.data.frames import Mask, cell_strings, listed
 from comp.data.splitters import column_cells
 from comp.data.tables import Table
 from comp.metrics import evaluate_known
 from comp.runs import digest, write_json
 
-__all__ = ["LEAKS", "Evidence", "Leak", "OutOfFold", "better_than_can_be", "leak_table", "lint"]
+__all__ = ["LEAKS", "Evidence", "Leak", "OutOfFold", "alike", "better_than_can_be", "leak_table", "lint"]
 
 CACHE = Path("runs/.cache/leaks")
 WORDS, NEAR = 5, 0.8
@@ -146,6 +146,26 @@ def _of_test(rule: str, what: str, evidence: Evidence, shared: list[tuple[int, i
     pairs = ", ".join(f"test '{evidence.test.ids[a]}' = train '{evidence.train.ids[b]}'" for a, b in shared[:2])
     fix = "a score on them measures memory: drop those training rows, unless the competition has them on purpose"
     return Leak(rule, len(shared), f"{len(shared)} test rows {what} ({pairs})", fix)
+
+
+def alike(ones: Table, others: Table) -> tuple[Mask, Mask]:
+    """Return which rows of `ones` (N,) have the text of a row of `others`, and which of the rest have nearly one.
+
+    Where both are one table: of an earlier row.
+    """
+    texts = _folded(ones)
+    if ones is others:
+        first = {text: row for row, text in reversed(list(enumerate(texts)))}
+        equal = np.array([first[text] != row for row, text in enumerate(texts)], dtype=bool)
+        found = {one for one, other in _near(texts, texts) if other < one}
+    else:
+        known = _folded(others)
+        there = set(known)
+        equal = np.array([text in there for text in texts], dtype=bool)
+        found = {one for one, _ in _near(texts, known)}
+    near = np.zeros(len(texts), dtype=bool)
+    near[sorted(found)] = True
+    return equal, near & ~equal
 
 
 def _near(ones: Texts, others: Texts) -> Iterator[tuple[int, int]]:

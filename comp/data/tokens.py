@@ -86,6 +86,10 @@ class Encoded:
             fields=None if self.fields is None else self.fields[tokens],
         )
 
+    def head(self, num_rows: int) -> Encoded:
+        """Return the first rows alone."""
+        return replace(self, first=self.first[: num_rows + 1])
+
     def documents(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
         """Return the token ids of each of `rows`, all its pieces in a row."""
         starts = self.offsets[self.first]

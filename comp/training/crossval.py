@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from comp.config import Config, parse_every
-from comp.data.batches import Labels, collate, training_windows
+from comp.config import Config
+from comp.data.batches import Labels, collate
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.tables import Table, read_competition
@@ -30,7 +30,6 @@ from comp.model.token_pooling import PoolerOutput
 from comp.optim import build_optimizer
 from comp.optim.groups import ParameterGroup, build_groups, group_table
 from comp.optim.lookahead import Lookahead
-from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
 from comp.runs import RunFolder, claim, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, release_memory, seed_everything
@@ -43,9 +42,10 @@ from comp.stability.prior_decay import PriorDecay
 from comp.stability.reinit import reinit_blocks_, reinit_linear_
 from comp.tracking import open_tracker
 from comp.training import oof
-from comp.training.cadence import Cadence, Never
+from comp.training.cadence import Never
 from comp.training.checkpoint import save_weights
 from comp.training.held_out import HeldOut
+from comp.training.lessons import NoPseudo, Stages, open_pseudo
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, Stopped, TrainState, fit
@@ -66,8 +66,10 @@ class Plan:
     table: Table
     folding: Folding | None
     """None when only the full-data model is trained."""
+    pseudo: NoPseudo
     tokenizer: Any
     encoded: Encoded
+    """The rows of the table, then pseudo rows."""
     runtime: Runtime
     save_every: SaveEvery
     say: Say
@@ -108,18 +110,19 @@ def run(
         )
     folder = RunFolder(Path("runs") / name)
     table, folding = open_tables(config, wanted, say)
+    pseudo = open_pseudo(config, table, folding, wanted, say)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
     if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
         # What does not fit is said now, before anything is written.
         _optimizer(config, _groups(config, *_model(config, table, tokenizer)))
         release_memory()
-    encoded = encode(tokenizer, table.texts, **config.model.cutting)
-    marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
+    encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
+    marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
-    plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, every, say)
+    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
     if encoded.num_windowed:
         say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
@@ -187,19 +190,19 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     optimizer = _optimizer(config, groups)
     PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
 
-    steps_per_epoch = -(-len(training) // config.training.batch_size)
-    num_steps = steps_per_epoch * config.training.epochs
+    lesson = plan.pseudo.lesson(fold, table, training)
+    stages = Stages(lesson, config, plan.encoded.lengths)
+    num_steps = stages.num_steps
     if isinstance(optimizer, Lookahead) and optimizer.steps > num_steps:
         raise ValueError(
             f"fold {fold} trains for {num_steps} steps, but lookahead moves its slow weights, the ones that are kept, "
             f"every {optimizer.steps} steps only: they would stay as they are; lower its steps"
         )
-    schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    averager, schedule = _averager(config, model, schedule, num_steps)
-    labels = Labels(table.targets, table.weights, table.errors)
+    averager, schedule = _averager(config, model, stages)
+    labels = Labels(lesson.table.targets, lesson.table.weights, lesson.table.errors)
     held = HeldOut(
         model,
-        plan.encoded,
+        plan.encoded.head(len(table)),
         held_out,
         table=table,
         tasks=config.tasks,
@@ -231,7 +234,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
-        config.tasks, table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
+        config.tasks, lesson.table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
     )
     parts = Parts(
         model=model,
@@ -240,7 +243,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         scaler=scaler,
         autocast=runtime.autocast,
         device=runtime.device,
-        windows=partial(_windows, plan, training),
+        windows=stages.windows,
         collate=lambda rows: collate(plan.encoded, rows, labels),
         count=objective.count,
         outputs=twice(model) if rdrop else model,
@@ -252,18 +255,19 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         keep_best=held.keep_best,
         showing=showing,
         is_better=partial(is_better, config.metric),
-        cadence=_cadence(config, num_steps, steps_per_epoch) if fold != "full" else Never(),
+        cadence=stages.cadence() if fold != "full" else Never(),
         saver=saver,
         stop_asked=lambda: stopper.signal,
         tracker=tracker,
         progress=progress,
-        epochs=config.training.epochs,
-        steps_per_epoch=steps_per_epoch,
+        epochs=stages.epochs,
+        steps_per_epoch=stages.steps_per_epoch,
+        lead_steps=stages.lead_steps,
         peak_lr=config.optimizer.lr,
         clip_norm=config.optimizer.clip_norm,
         patience=config.evaluation.patience,
     )
-    plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
+    plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
         state = TrainState() if saved is None else saver.restore(saved)
         if saved is not None:
@@ -380,18 +384,17 @@ def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Opti
     return build_optimizer(groups=groups, **own)
 
 
-def _averager(
-    config: Config, model: TextModel, schedule: Callable[[int], float], num_steps: int
-) -> tuple[NoAverager, Callable[[int], float]]:
+def _averager(config: Config, model: TextModel, stages: Stages) -> tuple[NoAverager, Callable[[int], float]]:
     """Build what stability.averaging says; return it and the schedule, which SWA holds constant from its start."""
-    chosen = config.stability.averaging
+    chosen, schedule, steps, lead = config.stability.averaging, stages.schedule(), stages.last_steps, stages.lead_steps
     if chosen.name == "swa":
-        start = max(1, math.ceil(num_steps * chosen.start_percent / 100))
-        constant = chosen.lr_factor
-        average = SWA(model, start=start, interval=max(1, (num_steps - start) // (chosen.points - 1)))
-        return average, schedule if constant is None else lambda step: schedule(step) if step < start else constant
+        start = max(1, math.ceil(steps * chosen.start_percent / 100))
+        constant, from_here = chosen.lr_factor, lead + start
+        average = SWA(model, start=from_here, interval=max(1, (steps - start) // (chosen.points - 1)))
+        return average, schedule if constant is None else lambda step: schedule(step) if step < from_here else constant
     if chosen.name == "ema":
-        return EMA(model, decay=max(0.0, 1 - 10 / num_steps) if chosen.decay is None else chosen.decay), schedule
+        decay = max(0.0, 1 - 10 / steps) if chosen.decay is None else chosen.decay
+        return EMA(model, decay=decay, start=lead), schedule
     if chosen.name == "soup":
         return Soup(
             model, size=chosen.size, greedy=chosen.greedy, is_better=partial(is_better, config.metric)
@@ -426,29 +429,6 @@ def _supcon(config: Config, table: Table, training: NDArray[np.int64]) -> SupCon
     """Build the contrastive term of the first task; its kernel is as wide as the training targets say."""
     first, chosen = config.tasks[0], config.stability.supcon
     return SupCon(first.kind, table.targets[first.name][training], **chosen.model_dump()) if chosen.weight else None
-
-
-def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:
-    options = plan.config.training
-    return training_windows(
-        training,
-        plan.encoded.lengths,
-        batch_size=options.batch_size,
-        micro_batch_size=options.micro_batch_size,
-        bucketing=options.length_bucketing,
-        seed=options.seed,
-        epoch=epoch,
-    )
-
-
-def _cadence(config: Config, num_steps: int, steps_per_epoch: int) -> Cadence:
-    return Cadence.from_unit(
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        every=parse_every(config.evaluation.every) if config.evaluation.every else None,
-        table=config.evaluation.schedule,
-        start_percent=config.evaluation.start_percent,
-    )
 
 
 def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.Scores | None:

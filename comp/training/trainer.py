@@ -134,10 +134,13 @@ class Parts:
     progress: NullProgress
     epochs: int
     steps_per_epoch: int
+    """Of the epochs that durations count."""
     peak_lr: float
     """The config's learning rate, which logs show times the schedule; groups have their own."""
     clip_norm: float | None = None
     patience: int | None = None
+    lead_steps: int = 0
+    """Steps of a stage before, which durations do not count."""
 
 
 def fit(parts: Parts, state: TrainState) -> TrainState:
@@ -213,7 +216,8 @@ def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.
 
 def _attack(parts: Parts, state: TrainState, window: Sequence[Rows]) -> None:
     """Pass the window again at weights where its loss is worse, when that is due; tokens are not counted twice."""
-    if not parts.adversary.due(state.step / parts.steps_per_epoch, state.best_score):
+    epochs = (state.step - parts.lead_steps) / parts.steps_per_epoch
+    if not parts.adversary.due(epochs, state.best_score):
         return
     tokens = state.num_tokens
     with parts.adversary.perturbed() as moved:
