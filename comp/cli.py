@@ -43,20 +43,20 @@ def train(
 ) -> None:
     """Train the folds that are not finished yet, and score them."""
     from comp import config_file
+    from comp.runs import check_name
     from comp.training import crossval
     from comp.training.seeds import parse_seeds, run_seeds
     from comp.training.trainer import Stopped
 
     file = config_file.find(config)
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
-    name = run or file.stem
+    name = file.stem if run is None else run
     if debug:
         if getattr(loaded.schedule, "warmup_steps", None):  # meant for a whole run, longer than this one
             loaded = config_file.load(file, [*(overrides or []), *DEBUG, "schedule.warmup_steps=1"])
         name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    check_name(name, "--run", "runs")
     try:
         if seeds is None:
             crossval.run(loaded, name, fold, restart=restart, save_every=save_every)
@@ -84,11 +84,11 @@ def classical(
     """Fit scikit-learn to features over the same folds: a run that infers and blends like any other."""
     from comp import config_file
     from comp.blend.classical import run_classical
+    from comp.runs import check_name
 
     loaded = config_file.load(config, overrides or [])
-    name = run or "-".join([*(text.replace(":", "-") for text in features), estimator])
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    name = "-".join([*(text.replace(":", "-") for text in features), estimator]) if run is None else run
+    check_name(name, "--run", "runs")
     options = config_file.parse_pairs(option or [], "--option")
     run_classical(loaded, name, features=features, estimator=estimator, options=options, folds=fold, restart=restart)
 
@@ -115,9 +115,9 @@ def blend(
     from comp import config_file
     from comp.blend.crossfit import Recipe, examine, write_blend
     from comp.blend.members import gather, leaks_of
+    from comp.runs import check_name
 
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--name '{name}': a blend is named like a folder inside blends/, without slashes")
+    check_name(name, "--name", "blends")
     recipe = Recipe(method, config_file.parse_pairs(option or [], "--option"), calibration)
     members = gather(run, weights=weights, rows=rows, any_folds=not recipe.fitted)
     if members.dropped:
@@ -147,7 +147,7 @@ def infer(
     folds: list[int | str] | None = None
     if fold is not None:
         parts = [part.strip() for part in fold.split(",")]
-        if not all(part == "full" or part.isdigit() for part in parts) or len(set(parts)) != len(parts):
+        if not all(part == "full" or part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
             raise ValueError(f"--fold '{fold}': allowed are full, numbers like 0,2, or both like 0,1,full")
         folds = [part if part == "full" else int(part) for part in parts]
     if blend is not None:
@@ -336,6 +336,14 @@ def main() -> None:
             raise
         print(f"comp: {fault}", file=sys.stderr)
         sys.exit(1)
+    except OSError as fault:
+        if fault.filename is None:
+            raise
+        print(
+            f"comp: {fault.filename2 or fault.filename}: {fault.strerror}; look at the path, its rights and the disk",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def _is_ours(fault: BaseException) -> bool:

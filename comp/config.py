@@ -35,7 +35,7 @@ Kind = Literal["regression", "binary", "multiclass", "multilabel", "ordinal"]
 class Competition(Section):
     """Where the competition's files are, and which columns matter."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the competition: the W&B project and the default name of the fold file."""
     train: str
     """Training table, CSV or parquet; relative to the current directory."""
@@ -170,7 +170,7 @@ class Folds(Section):
     column: str | None = None
     """splitter `column`: the training table's own column of fold numbers (0, 1, ...). splitter `time`: the column to
     sort by (number or ISO date)."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the fold file, folds/<name>.csv; null = the competition's name."""
 
     @model_validator(mode="after")
@@ -228,6 +228,8 @@ class Model(Section):
     """Keep the lowest n blocks fixed; 0 = off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30% slower, much less memory."""
+    allow_pickle: bool = False
+    """Read the backbone's weights from pytorch_model.bin where it has no safetensors; false = refuse them."""
 
     @property
     def innermost_pooler(self) -> Pooler:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from comp.config import Config, Tracking
 
 __all__ = [
     "RunFolder",
+    "check_name",
     "claim",
     "commit",
     "digest",
@@ -44,6 +46,7 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
+NAME = re.compile(r"\w[\w .+=@,-]{0,99}")
 VERSIONED = ("comp", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "safetensors")
 
 
@@ -94,12 +97,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ValueError that names the file when it is broken."""
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object with the keys `needed`. Raises ValueError that names it when it does not."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as fault:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
         raise ValueError(f"{path} is not valid JSON ({fault}); delete it or make the run anew") from None
+    if not isinstance(found, dict) or not found.keys() >= set(needed):
+        wanted = f"an object with {', '.join(needed)}" if needed else "an object"
+        got = f"one with {', '.join(found)}" if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path} must hold {wanted}, got {got or 'nothing'}; delete it or make the run anew")
+    return found
 
 
 def kept(path: Path | None, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
@@ -121,6 +129,15 @@ def write_stream(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
 
     write_atomic(path, to)
+
+
+def check_name(name: str, option: str, root: str) -> None:
+    """Raise ValueError unless `name` can be a folder inside `root` and leads nowhere else."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{option}: a name is a folder inside {root}/: up to 100 letters, figures, spaces and _.-+=@, and begins "
+            f"with a letter, a figure or _; got {name[:120]!r}"
+        )
 
 
 def now() -> str:
@@ -244,6 +261,8 @@ def claim(
     before: dict[str, Any] = read_json(folder.manifest) if folder.manifest.exists() else {}
     known: dict[str, str] = before.get("fingerprints", {})
     changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
+    if known and ("classical" in known) != ("classical" in marks):
+        changed.append("kind of model")
     if changed and restart:
         shutil.rmtree(folder.path)
     elif changed and (folder.finished_folds() or folder.begun_folds()):

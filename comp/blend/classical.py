@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from comp.blend.ensemble import PROBABILITIES, Problem, fit_predict, one_hot
-from comp.blend.features import CACHE, Source, keep_backbone, parse_features, transform
+from comp.blend.features import CACHE, Source, check_runs, keep_backbone, parse_features, transform
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
@@ -28,6 +28,7 @@ from comp.runtime import Runtime, open_runtime
 from comp.training import oof
 from comp.training.crossval import Fold, open_tables, parse_folds, rows_of, score_run
 from comp.training.predict import Predictions
+from comp.training.preflight import check_rows
 
 __all__ = ["ESTIMATORS", "Estimator", "predict_classical", "run_classical"]
 
@@ -186,9 +187,12 @@ def run_classical(
     task, options = config.tasks[0], dict(options or {})
     if task.kind not in row.kinds:
         raise ValueError(f"estimator '{estimator}' does not fit kind '{task.kind}'; it fits {', '.join(row.kinds)}")
+    check_runs(chosen, wanted)
     config = config.model_copy(update={"tasks": [task]})
     folder = RunFolder(Path("runs") / name)
     table, folding = open_tables(config, wanted, say)
+    for fold in wanted:
+        check_rows(config, table, fold, *rows_of(fold, config, table, folding))
     about = {"features": list(features), "estimator": estimator, "options": options}
     marks = {"data": table.fingerprint(), "classical": digest([repr(about)])}
     marks |= {"folds": folding.fingerprint} if folding else {}
@@ -245,8 +249,8 @@ def predict_classical(
     folder: RunFolder, config: Config, table: Table, fold: Fold, runtime: Runtime, *, cached: bool = True
 ) -> Floats:
     """Return (N, K) predictions of one fold for another table. `cached`: keep its tokens and embeddings on disk."""
-    about, own = read_json(folder.classical), folder.fold(fold)
-    fitted = read_json(own.path / "fitted.json")
+    about, own = read_json(folder.classical, "features", "estimator"), folder.fold(fold)
+    fitted = read_json(own.path / "fitted.json", "options", "states")
     source = Source(table, config, runtime, fold, str(folder.backbone), CACHE if cached else None)
     matrix, _ = transform(source, parse_features(about["features"]), states=fitted["states"])
     seen, targets = sparse.load_npz(own.path / "seen.npz"), np.load(own.path / "targets.npy", allow_pickle=False)

@@ -22,7 +22,7 @@ from comp.blend.crossfit import Blend
 from comp.config import Config, Task
 from comp.data.tables import Table, read_test, table_of
 from comp.data.tokens import CACHE, encode
-from comp.model.backbone import load_tokenizer
+from comp.model.backbone import check_tokenizer, load_tokenizer
 from comp.model.heads import plan_heads
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel, build_model
@@ -33,6 +33,7 @@ from comp.ship.jobs import Job, Jobs, parse_duration
 from comp.ship.submission import (
     build_submission,
     build_without_sample,
+    check_path,
     read_submission,
     validate_submission,
     write_submission,
@@ -102,6 +103,7 @@ class LoadedRun:
     ) -> Callable[[Fold], NDArray[np.float64]]:
         """Tokenize a table and build the model; return fold -> its (N, K) predictions."""
         tokenizer = load_tokenizer(str(self.folder.backbone))
+        check_tokenizer(tokenizer, self.folder.backbone, read_json(self.folder.manifest).get("tokenizer"))
         encoded = encode(tokenizer, table.texts, **self.config.model.cutting, cache=cache)
         model = self._model(tokenizer).to(self.runtime.device)
         decoders = {self.task.name: build_decoder(self.task, self.classes.get(self.task.name, []))}
@@ -190,7 +192,8 @@ def load(
     if folder.classical.exists() and weights == "averaged":
         raise ValueError(f"{path} is a classical run and has no averaged weights; use --weights best")
     loaded = LoadedClassical if folder.classical.exists() else LoadedRun
-    return loaded(folder, config, read_json(folder.manifest)["classes"], chosen, weights, runtime)
+    classes = read_json(folder.manifest, "classes", "fingerprints", "commit")["classes"]
+    return loaded(folder, config, classes, chosen, weights, runtime)
 
 
 def infer(
@@ -250,6 +253,9 @@ def infer(
         "classes": first.classes.get(first.task.name),
     }
     path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
+    check_path(path)
+    if sample is not None:  # what does not fit it is said now, not after the last model
+        build_submission(sample, ids, np.zeros((len(ids), len(first.output_names))), **about)
 
     def write(found: Found) -> pd.DataFrame:
         values = _together(found, len(loaded), blend)

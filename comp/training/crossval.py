@@ -23,7 +23,7 @@ from comp.data.leaks import Evidence, lint, too_good
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
 from comp.metrics import METRICS, is_better
-from comp.model.backbone import load_tokenizer, save_recipe
+from comp.model.backbone import load_tokenizer, save_recipe, vocabulary_digest
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
 from comp.model.token_pooling import PoolerOutput
@@ -47,6 +47,7 @@ from comp.training.cadence import Cadence, Never
 from comp.training.checkpoint import save_weights
 from comp.training.held_out import HeldOut
 from comp.training.objective import Objective
+from comp.training.preflight import check_fold, check_metric, steps_of
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, Stopped, TrainState, fit
 
@@ -80,7 +81,7 @@ def parse_folds(text: str, num_folds: int) -> list[Fold]:
     if text == "full":
         return ["full"]
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
+    if not all(part.isdecimal() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
         raise ValueError(f"--fold '{text}': allowed are all, full, or numbers 0 to {num_folds - 1} like 0,2")
     return [int(part) for part in parts]
 
@@ -107,16 +108,19 @@ def run(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
     folder = RunFolder(Path("runs") / name)
-    table, folding = open_tables(config, wanted, say)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
+    table, folding = open_tables(config, wanted, say)
+    for fold in wanted:
+        check_fold(config, table, fold, *rows_of(fold, config, table, folding))
     if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
         # What does not fit is said now, before anything is written.
         _optimizer(config, _groups(config, *_model(config, table, tokenizer)))
         release_memory()
     encoded = encode(tokenizer, table.texts, **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
-    about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    about["tokenizer"] = vocabulary_digest(tokenizer)
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
     plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, every, say)
@@ -144,6 +148,7 @@ def open_tables(config: Config, wanted: Sequence[Fold], say: Say) -> tuple[Table
     table, test = read_competition(config.competition, config.tasks)
     folding = None
     if wanted != ["full"]:
+        check_metric(config, table, slice(None), config.competition.train)
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
     for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
         say(f"warning: {leak}")
@@ -163,9 +168,6 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
-    if fold != "full" and not len(held_out):
-        raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
-
     seed_everything(config.training.seed)
     model, fresh = _model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
@@ -187,13 +189,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     optimizer = _optimizer(config, groups)
     PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
 
-    steps_per_epoch = -(-len(training) // config.training.batch_size)
-    num_steps = steps_per_epoch * config.training.epochs
-    if isinstance(optimizer, Lookahead) and optimizer.steps > num_steps:
-        raise ValueError(
-            f"fold {fold} trains for {num_steps} steps, but lookahead moves its slow weights, the ones that are kept, "
-            f"every {optimizer.steps} steps only: they would stay as they are; lower its steps"
-        )
+    steps_per_epoch, num_steps = steps_of(config, len(training))
     schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
     averager, schedule = _averager(config, model, schedule, num_steps)
     labels = Labels(table.targets, table.weights, table.errors)
@@ -347,6 +343,7 @@ def _model(config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, lis
         freeze_embeddings=model.freeze_embeddings,
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
+        allow_pickle=model.allow_pickle,
     )
     fresh = reinit_blocks_(built.backbone, stability.reinit_layers)
     if stability.reinit_pooler:

@@ -1,0 +1,57 @@
+"""What a run is told before it starts, and before anything is written: steps, rows and metric that cannot work."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.config import Config
+from comp.data.tables import Table
+from comp.metrics import evaluate
+from comp.optim.schedules import build_schedule
+
+__all__ = ["check_fold", "check_metric", "check_rows", "steps_of"]
+
+Rows = NDArray[np.int64]
+
+
+def steps_of(config: Config, num_rows: int) -> tuple[int, int]:
+    """Return (steps an epoch, steps of all epochs) of a fold that trains on `num_rows`."""
+    steps_per_epoch = -(-num_rows // config.training.batch_size)
+    return steps_per_epoch, steps_per_epoch * config.training.epochs
+
+
+def check_fold(config: Config, table: Table, fold: int | str, training: Rows, held_out: Rows) -> None:
+    """Raise ValueError for a fold that cannot be trained or scored; `training` and `held_out` are its rows."""
+    check_rows(config, table, fold, training, held_out)
+    steps_per_epoch, num_steps = steps_of(config, len(training))
+    build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+    lookahead = getattr(config.optimizer, "lookahead", None)
+    if config.optimizer.name == "radam_lookahead":
+        lookahead = config.optimizer
+    if lookahead is not None and lookahead.steps > num_steps:
+        raise ValueError(
+            f"fold {fold} trains for {num_steps} steps, but lookahead moves its slow weights, the ones that are kept, "
+            f"every {lookahead.steps} steps only: they would stay as they are; lower its steps"
+        )
+
+
+def check_rows(config: Config, table: Table, fold: int | str, training: Rows, held_out: Rows) -> None:
+    """Raise ValueError for a fold without rows, or whose held-out rows the metric is not defined on."""
+    for rows, what in ((training, "train"), *(() if fold == "full" else ((held_out, "validate"),))):
+        if not len(rows):
+            raise ValueError(f"fold {fold} has no rows to {what} on; look at the fold file with `comp folds`")
+    if fold != "full":
+        check_metric(config, table, held_out, f"fold {fold}")
+
+
+def check_metric(config: Config, table: Table, held_out: Rows | slice, where: str) -> None:
+    """Raise ValueError where the metric is not defined on some rows: it would be after an epoch, otherwise."""
+    task = config.tasks[0]
+    targets = table.targets[task.name][held_out].astype(np.float64)
+    classes = len(table.classes.get(task.name, ())) if task.kind == "multiclass" else targets.shape[1]
+    probable = np.random.default_rng(0).dirichlet(np.ones(classes), len(targets))  # of any kind: within 0..1
+    try:
+        evaluate(config.metric, targets, probable, task.kind)
+    except ValueError as fault:
+        raise ValueError(f"{where}: {fault}") from None
