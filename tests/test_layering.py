@@ -32,6 +32,7 @@ LAYERS = {
     "config_variants.py": 0,
     "config_file.py": 0,
     "runs.py": 0,
+    "lock.py": 0,
     "runtime.py": 0,
     "tracking.py": 0,
     "metrics.py": 0,

@@ -22,6 +22,7 @@ from comp.blend.features import CACHE, Source, check_runs, keep_backbone, parse_
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
+from comp.lock import hold
 from comp.metrics import evaluate
 from comp.runs import FoldFolder, RunFolder, claim, digest, read_json, write_json, write_stream
 from comp.runtime import Runtime, open_runtime
@@ -180,11 +181,25 @@ def run_classical(
     """Fit the estimator to the features on every fold that is not finished; gather and score the run.
 
     Returns the scores of the first task, which is the only one that is fitted. Raises ValueError for whatever does not
-    fit.
+    fit, or when another process trains this run.
     """
+    with hold(Path("runs") / name):
+        return _run(config, name, features, estimator, dict(options or {}), folds, restart, say)
+
+
+def _run(
+    config: Config,
+    name: str,
+    features: Sequence[str],
+    estimator: str,
+    options: Mapping[str, Any],
+    folds: str,
+    restart: bool,
+    say: Callable[[str], None],
+) -> oof.Scores | None:
     wanted, chosen = parse_folds(folds, config.folds.num_folds), parse_features(features)
     row = pick(ESTIMATORS, estimator, "estimator")
-    task, options = config.tasks[0], dict(options or {})
+    task = config.tasks[0]
     if task.kind not in row.kinds:
         raise ValueError(f"estimator '{estimator}' does not fit kind '{task.kind}'; it fits {', '.join(row.kinds)}")
     check_runs(chosen, wanted)

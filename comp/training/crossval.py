@@ -22,6 +22,7 @@ from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.leaks import Evidence, lint, too_good
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
+from comp.lock import hold
 from comp.metrics import METRICS, is_better
 from comp.model.backbone import load_tokenizer, save_recipe, vocabulary_digest
 from comp.model.heads import plan_heads
@@ -99,8 +100,14 @@ def run(
 
     `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`). `say`
     takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
-    ValueError, before any training, for whatever does not fit; Stopped after SIGTERM or Ctrl-C, the state saved.
+    ValueError, before any training, for whatever does not fit, or when another process trains this run; Stopped after
+    SIGTERM or Ctrl-C, the state saved.
     """
+    with hold(Path("runs") / name):
+        return _run(config, name, folds, restart, save_every, say)
+
+
+def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, say: Say) -> oof.Scores | None:
     every = parse_save_every(save_every)
     wanted = parse_folds(folds, config.folds.num_folds)
     if wanted == ["full"] and config.stability.averaging.name == "soup":
