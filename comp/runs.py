@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -111,10 +112,14 @@ def read_json(path: Path, *needed: str) -> dict[str, Any]:
 
 
 def kept(path: Path | None, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """Return the array that is in `path`, or compute it and write it there; None = compute only."""
+    """Return the array that is in `path`, or compute it and write it there; None = compute only.
+
+    A damaged file is computed anew, and so is a pickle, which is never read.
+    """
     if path is not None and path.exists():
-        found: NDArray[Any] = np.load(path, allow_pickle=False)
-        return found
+        with suppress(ValueError, EOFError):
+            found: NDArray[Any] = np.load(path, allow_pickle=False)
+            return found
     values = compute()
     if path is not None:
         write_stream(path, lambda file: np.save(file, values, allow_pickle=False))

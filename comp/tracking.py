@@ -27,11 +27,13 @@ __all__ = [
     "WandbTracker",
     "open_tracker",
     "wandb_mode",
+    "without_secrets",
 ]
 
 Mode: TypeAlias = Literal["online", "offline", "off"]
 
 INIT_TIMEOUT = 20  # seconds; with a key and no network W&B's own default waits 101 s
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD")
 LOGIN_HINT = "set WANDB_API_KEY or run `wandb login`"
 
 
@@ -174,7 +176,18 @@ class Trackers:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(without_secrets(message), RuntimeWarning, stacklevel=3)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with the values of this process's keys, tokens and passwords as ***: other people's errors go here.
+
+    A secret is an environment variable of 8 letters or more whose name says so.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(word in name.upper() for word in SECRET):
+            text = text.replace(value, "***")
+    return text
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------
