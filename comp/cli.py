@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 import warnings
@@ -337,6 +338,14 @@ def main() -> None:
         print(f"comp: {fault}", file=sys.stderr)
         sys.exit(1)
     except OSError as fault:
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({fault.filename})" if fault.filename else ""
+            print(
+                f"comp: the disk is full{where}; what was written before is whole: free some space, and the same "
+                "command goes on from what is saved",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         if fault.filename is None:
             raise
         print(

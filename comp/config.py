@@ -383,11 +383,9 @@ class Config(Section):
             raise ValueError(
                 f"the first task '{self.tasks[0].name}' has a metric of its own; set `metric` of the config instead"
             )
-        whole = [f"the loss of task '{task.name}'" for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
-        whole += ["stability.supcon"] if self.stability.supcon.weight else []
-        if whole and (self.training.micro_batch_size or self.training.batch_size) < self.training.batch_size:
+        if self.whole_batch and (self.training.micro_batch_size or self.training.batch_size) < self.training.batch_size:
             raise ValueError(
-                f"{whole[0]} compares the rows of a whole batch, which micro-batches of "
+                f"{self.whole_batch} compares the rows of a whole batch, which micro-batches of "
                 f"{self.training.micro_batch_size} would change; set training.micro_batch_size to null, or a smaller "
                 "training.batch_size"
             )
@@ -465,6 +463,13 @@ class Config(Section):
     def metric_of(self, task: Task) -> str:
         """Return the metric a task is reported by."""
         return self.metric if task is self.tasks[0] else task.metric or DEFAULT_METRIC[task.kind]
+
+    @property
+    def whole_batch(self) -> str | None:
+        """What compares the rows of a whole batch, so that micro-batches would change it; None = nothing does."""
+        found = [f"the loss of task '{task.name}'" for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
+        found += ["stability.supcon"] if self.stability.supcon.weight else []
+        return found[0] if found else None
 
     @property
     def fold_name(self) -> str:

@@ -8,15 +8,17 @@ runs/NAME/  config.yaml  manifest.json  backbone/ (config + tokenizer, no weight
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,11 +31,14 @@ from comp import config_file
 from comp.config import Config, Tracking
 
 __all__ = [
+    "DiskFullError",
     "RunFolder",
     "check_name",
     "claim",
     "commit",
     "digest",
+    "disk_is_full",
+    "full_disk_said",
     "kept",
     "newest_finished",
     "now",
@@ -61,6 +66,30 @@ def digest(parts: Iterable[str | bytes]) -> str:
     return sha.hexdigest()[:16]
 
 
+class DiskFullError(OSError):
+    """The disk is full; what was there is whole."""
+
+
+def disk_is_full(fault: BaseException, folder: Path) -> bool:
+    """Tell whether a fault came from a full disk: by its number, by its words, or by the disk itself."""
+    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(words in str(fault) for words in ("No space left", "StorageFull", "os error 28")):
+        return True  # of libraries that write by themselves
+    return "PytorchStreamWriter" in str(fault) and shutil.disk_usage(folder).free < 2**20
+
+
+@contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """Turn the libraries' several ways to say that the disk is full into DiskFullError."""
+    try:
+        yield
+    except Exception as fault:
+        if isinstance(fault, DiskFullError) or not disk_is_full(fault, path.parent):
+            raise
+        raise DiskFullError(errno.ENOSPC, "the disk is full", str(path)) from fault
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` in the same folder, flush it to disk, then rename onto `path`.
 
@@ -69,10 +98,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with full_disk_said(path):
+            write(temporary)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -221,6 +251,7 @@ class FoldFolder:
         self.oof = path / "oof.parquet"
         self.evaluations = path / "evaluations.parquet"
         self.groups = path / "groups.txt"
+        self.bad_batch = path / "bad_batch.json"
         self.done = path / "done.json"
         self.state = path / "state.pt"
         self.state_before = path / "state.before.pt"
@@ -229,6 +260,13 @@ class FoldFolder:
     def begun(self) -> bool:
         """True when a state of unfinished training is there."""
         return not self.done.exists() and (self.state.exists() or self.state_before.exists())
+
+    def blame(self, ids: Iterable[str], about: Mapping[str, float]) -> str:
+        """Write the ids of a step that is not finite, and what is known of it; return words that name them."""
+        named = [str(name) for name in ids]
+        told = {key: value if math.isfinite(value) else str(value) for key, value in about.items()}
+        write_json(self.bad_batch, {**told, "ids": named})
+        return f"; its rows are {', '.join(named[:3])}{', ...' if len(named) > 3 else ''}, all in {self.bad_batch}"
 
     def drop_state(self) -> None:
         """Remove the state, of no use once the fold is finished."""

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl always, Weights & Biases when it is wanted and there.
 
-No tracker stops a training: a fault while logging is warned of once and passed over.
+No tracker stops a training: a fault while logging is warned of once and passed over, but for a full disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
 from comp.config import Tracking
-from comp.runs import now
+from comp.runs import disk_is_full, now
 
 __all__ = [
     "JsonlTracker",
@@ -153,6 +153,8 @@ class Trackers:
             try:
                 call(tracker)
             except Exception as fault:
+                if disk_is_full(fault, Path.cwd()):
+                    raise  # lines would be missing: training stops, and goes on where there is room
                 if id(tracker) not in self._warned:
                     self._warned.add(id(tracker))
                     _warn(

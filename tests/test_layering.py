@@ -79,6 +79,7 @@ LAYERS = {
     "training/held_out.py": 3,
     "training/objective.py": 3,
     "training/preflight.py": 3,
+    "training/memory.py": 3,
     "training/optimism.py": 3,
     "training/oof.py": 3,
     "training/crossval.py": 4,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from comp.config import Config, parse_every
-from comp.data.batches import Labels, collate, training_windows
+from comp.data.batches import Labels, collate, longest_window, training_windows
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.leaks import Evidence, lint, too_good
 from comp.data.tables import Table, read_competition
@@ -33,7 +33,7 @@ from comp.optim.groups import ParameterGroup, build_groups, group_table
 from comp.optim.lookahead import Lookahead
 from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
-from comp.runs import RunFolder, claim, sweep, write_json, write_text
+from comp.runs import RunFolder, claim, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
@@ -45,10 +45,10 @@ from comp.stability.reinit import reinit_blocks_, reinit_linear_
 from comp.tracking import open_tracker
 from comp.training import oof
 from comp.training.cadence import Cadence, Never
-from comp.training.checkpoint import save_weights
+from comp.training.checkpoint import bytes_of, save_weights
 from comp.training.held_out import HeldOut
 from comp.training.objective import Objective
-from comp.training.preflight import check_fold, check_metric, steps_of
+from comp.training.preflight import check_fold, check_metric, check_space, steps_of
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, Stopped, TrainState, fit
 
@@ -120,9 +120,13 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
     table, folding = open_tables(config, wanted, say)
     for fold in wanted:
         check_fold(config, table, fold, *rows_of(fold, config, table, folding))
-    if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
+    coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
+    if coming:
         # What does not fit is said now, before anything is written.
-        _optimizer(config, _groups(config, *_model(config, table, tokenizer)))
+        model, fresh = _model(config, table, tokenizer)
+        _optimizer(config, _groups(config, model, fresh))
+        check_space(config, coming, bytes_of(model), len(table), every)
+        del model, fresh
         release_memory()
     encoded = encode(tokenizer, table.texts, **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
@@ -175,12 +179,14 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
+    folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
     seed_everything(config.training.seed)
     model, fresh = _model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     start = start_digest(model)
     model.to(runtime.device)
-    save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
+    with full_disk_said(plan.folder.backbone):
+        save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
     groups = _groups(config, model, fresh)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -226,7 +232,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         folder,
         {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
         start=start,
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        weight_bytes=bytes_of(model),
         mark=tracker.mark,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
@@ -236,6 +242,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     objective = Objective(
         config.tasks, table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
     )
+    sizes = config.training.model_dump(include={"batch_size", "micro_batch_size"})
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -265,6 +272,10 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         peak_lr=config.optimizer.lr,
         clip_norm=config.optimizer.clip_norm,
         patience=config.evaluation.patience,
+        whole_batch=config.whole_batch,
+        # On a CPU memory does not run out in words: the system ends the process.
+        largest=longest_window(training, plan.encoded.lengths, **sizes) if runtime.device.type == "cuda" else None,
+        blame=lambda rows, about: folder.blame(table.ids[rows], about),
     )
     plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,8 +12,10 @@ from comp.config import Config
 from comp.data.tables import Table
 from comp.metrics import evaluate
 from comp.optim.schedules import build_schedule
+from comp.runs import FoldFolder
+from comp.training.resume import FIRST_SIZE, SaveEvery
 
-__all__ = ["check_fold", "check_metric", "check_rows", "steps_of"]
+__all__ = ["check_fold", "check_metric", "check_rows", "check_space", "steps_of"]
 
 Rows = NDArray[np.int64]
 
@@ -55,3 +60,46 @@ def check_metric(config: Config, table: Table, held_out: Rows | slice, where: st
         evaluate(config.metric, targets, probable, task.kind)
     except ValueError as fault:
         raise ValueError(f"{where}: {fault}") from None
+
+
+def space_of(
+    config: Config, folds: int, full: bool, weight_bytes: int, num_rows: int, every: SaveEvery
+) -> dict[str, int]:
+    """Return what a run will write, name -> bytes: weights, the states of one fold, predictions.
+
+    `folds` with held-out rows keep their best and last weights, the `full` one its last; with averages one more each.
+    Two states lie side by side, of the fold that trains. A soup keeps its checkpoints in the state.
+    """
+    averaging = config.stability.averaging
+    averaged = averaging.name != "none"
+    kept = folds * (2 + averaged) + full * (1 + averaged)
+    average = {"none": 0, "swa": 1, "ema": 1}.get(averaging.name, getattr(averaging, "size", 0))
+    states = 0 if every.unit == "never" else 2 * (FIRST_SIZE + average)
+    outputs = sum(len(task.targets) for task in config.tasks)
+    return {
+        "weights": kept * weight_bytes,
+        "states": states * weight_bytes,
+        "predictions": 8 * 8 * num_rows * outputs,  # three kinds of weights, and a few evaluations
+    }
+
+
+def check_space(
+    config: Config, folders: Sequence[FoldFolder], weight_bytes: int, num_rows: int, every: SaveEvery
+) -> None:
+    """Raise ValueError when the disk has less room than the folds that are to be trained will take."""
+    full = any(folder.path.name == "full" for folder in folders)
+    needed = space_of(config, len(folders) - full, full, weight_bytes, num_rows, every)
+    there = sum(file.stat().st_size for folder in folders for file in folder.path.glob("*") if file.is_file())
+    place = next(above for above in (folders[0].path, *folders[0].path.absolute().parents) if above.exists())
+    free, total = shutil.disk_usage(place).free, sum(needed.values())
+    if total - there > free:
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.items())
+        raise ValueError(
+            f"the run will take {_size(total)} ({parts}), of which {_size(there)} are there, but the disk of "
+            f"{folders[0].path.parent} has {_size(free)} left; free some, train fewer folds at a time (--fold 0), or "
+            "keep no states (--save-every never)"
+        )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.2f} MiB"
