@@ -41,6 +41,9 @@ def train(
         str, typer.Option(help="auto (at evaluations), evaluation, never, '10 minutes', '200 steps': to go on from.")
     ] = "auto",
     seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
+    check_determinism: Annotated[
+        bool, typer.Option("--check-determinism", help="Train 20 steps twice instead, and say whether the bits agree.")
+    ] = False,
 ) -> None:
     """Train the folds that are not finished yet, and score them."""
     from comp import config_file
@@ -58,6 +61,12 @@ def train(
         name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
     check_name(name, "--run", "runs")
+    if check_determinism:
+        from comp.training.determinism import check_determinism as check
+
+        if not check(loaded, fold):
+            raise typer.Exit(1)
+        return
     try:
         if seeds is None:
             crossval.run(loaded, name, fold, restart=restart, save_every=save_every)

@@ -83,6 +83,7 @@ LAYERS = {
     "training/optimism.py": 3,
     "training/oof.py": 3,
     "training/crossval.py": 4,
+    "training/determinism.py": 4,
     "training/seeds.py": 4,
     "blend/__init__.py": 5,
     "blend/ensemble.py": 5,
