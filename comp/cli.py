@@ -346,6 +346,14 @@ def main() -> None:
             raise
         print(f"comp: {fault}", file=sys.stderr)
         sys.exit(1)
+    except (RuntimeError, MemoryError) as fault:  # where no smaller batch helps: the model itself, the optimizer
+        from comp.training.memory import ADVICE, is_memory
+
+        if not is_memory(fault):
+            raise
+        reason = str(fault).strip().split("\n")[0] or "no more is given"
+        print(f"comp: memory ran out ({reason}); what is saved is whole. Try {ADVICE}", file=sys.stderr)
+        sys.exit(1)
     except OSError as fault:
         if fault.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({fault.filename})" if fault.filename else ""

@@ -20,7 +20,7 @@ __all__ = ["hold", "lock_of"]
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # not on this system
     fcntl = None  # type: ignore[assignment]
 
 
@@ -61,7 +61,8 @@ def _take(path: Path, folder: Path) -> int:
                 os.close(handle)
                 continue
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_ourselves()).encode(), 0)
+            os.lseek(handle, 0, os.SEEK_SET)
+            os.write(handle, json.dumps(_ourselves()).encode())
         except BaseException:
             with suppress(OSError):
                 os.close(handle)
@@ -90,7 +91,8 @@ def _ourselves() -> dict[str, Any]:
 def _owner(handle: int) -> dict[str, Any]:
     """Return what the file says; {} when it says nothing, as where its writer was killed before."""
     try:
-        found = json.loads(os.pread(handle, 4096, 0))
+        os.lseek(handle, 0, os.SEEK_SET)
+        found = json.loads(os.read(handle, 4096))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

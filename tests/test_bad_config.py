@@ -5,6 +5,8 @@ Each row is tried through the command line; the words are those without which th
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -272,6 +274,13 @@ OPTIONS: dict[str, tuple[list[str], *tuple[str, ...]]] = {
 def test_options(case: str, refuses: Callable[..., str]) -> None:
     arguments, *words = OPTIONS[case]
     refuses(arguments, words)
+
+
+def test_in_a_process_of_its_own(here: Path) -> None:
+    command = [sys.executable, "-m", "comp", "config", "check", "tiny.yaml", "--set", "training.epochs=none"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("comp: tiny.yaml: 1 fault\n  - training.epochs (--set): ")
 
 
 OUTSIDE = ["..", ".", "", "../up", "a/b", "/tmp/x", ".hidden", "a\\b", "a\nb", "-x", "x" * 300]

@@ -153,6 +153,20 @@ def test_one_row_that_does_not_fit_stops_with_advice(
     assert "with 1 rows at a time" in err and "model.gradient_checkpointing true" in err and "Traceback" not in err
 
 
+def test_memory_that_runs_out_elsewhere_is_one_message(
+    here: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    """As in the optimizer, whose moments no smaller batch makes smaller."""
+
+    def step(*_: Any, **__: Any) -> None:
+        raise FAULTS["cuda"]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    status, _, err = call("train", "--config", "tiny.yaml", "--run", "new", "--fold", "0")
+    assert status == 1 and "Traceback" not in err
+    assert "comp: memory ran out (CUDA out of memory. Tried to allocate 20.00 MiB); what is saved is whole. Try" in err
+
+
 def test_other_faults_are_not_taken_for_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_memory(monkeypatch, 4, fault=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):

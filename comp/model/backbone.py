@@ -291,8 +291,8 @@ def load_tokenizer(source: str) -> Any:
     folder = resolve_source(source)
     with _quiet_hub(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder), trust_remote_code=False)
-    # Without its files transformers makes one up, of special tokens alone.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    # Without its files transformers makes one up, of special tokens and little more.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 8:
         raise ValueError(f"model.backbone '{source}': no tokenizer in it; save the model's own there (tokenizer.json)")
     if not tokenizer.is_fast:
         raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Exhausted", "cut", "halved", "running_out"]
+__all__ = ["ADVICE", "Exhausted", "cut", "halved", "is_memory", "running_out"]
 
 Rows = NDArray[np.int64]
 SIGNS = (
@@ -24,13 +24,15 @@ SIGNS = (
     "cublas_status_alloc_failed",
     "defaultcpuallocator",
 )
+ADVICE = "model.gradient_checkpointing true, a shorter model.max_length, training.precision bf16 or a smaller backbone"
 
 
 class Exhausted(Exception):
     """Memory ran out inside `running_out`. What it came from keeps the activations: go on outside the except block."""
 
 
-def _is_memory(fault: BaseException) -> bool:
+def is_memory(fault: BaseException) -> bool:
+    """Tell whether a fault says that memory ran out."""
     if isinstance(fault, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(fault, RuntimeError) and any(sign in str(fault).lower() for sign in SIGNS)
@@ -43,7 +45,7 @@ def running_out() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as fault:
-        if not _is_memory(fault):
+        if not is_memory(fault):
             raise
         reason = str(fault).strip().split("\n")[0].split(". ")[0] or type(fault).__name__
     if reason is not None:
@@ -66,16 +68,13 @@ def halved(window: Sequence[Rows], whole_batch: str | None, step: int, reason: o
     """
     largest = max(map(len, window))
     where = f"memory ran out at step {step} with {largest} rows at a time ({reason})"
-    advice = (
-        "model.gradient_checkpointing true, a shorter model.max_length, training.precision bf16 or a smaller backbone"
-    )
     if whole_batch is not None:
         raise ValueError(
             f"{where}; {whole_batch} compares the rows of a whole batch, so it cannot be parted: lower "
-            f"training.batch_size, or try {advice}"
+            f"training.batch_size, or try {ADVICE}"
         )
     if largest == 1:
-        raise ValueError(f"{where}, and fewer there are not; try {advice}")
+        raise ValueError(f"{where}, and fewer there are not; try {ADVICE}")
     smaller = largest // 2
     warnings.warn(
         f"{where}: from here on {smaller} at a time, the gradient stays the same; training.micro_batch_size {smaller} "
