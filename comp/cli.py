@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 from pathlib import Path
@@ -39,23 +40,32 @@ def train(
         str, typer.Option(help="auto (at evaluations), evaluation, never, '10 minutes', '200 steps': to go on from.")
     ] = "auto",
     seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
+    check_determinism: Annotated[
+        bool, typer.Option("--check-determinism", help="Train 20 steps twice instead, and say whether the bits agree.")
+    ] = False,
 ) -> None:
     """Train the folds that are not finished yet, and score them."""
     from comp import config_file
+    from comp.runs import check_name
     from comp.training import crossval
     from comp.training.seeds import parse_seeds, run_seeds
     from comp.training.trainer import Stopped
 
     file = config_file.find(config)
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
-    name = run or file.stem
+    name = file.stem if run is None else run
     if debug:
         if getattr(loaded.schedule, "warmup_steps", None):  # meant for a whole run, longer than this one
             loaded = config_file.load(file, [*(overrides or []), *DEBUG, "schedule.warmup_steps=1"])
         name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    check_name(name, "--run", "runs")
+    if check_determinism:
+        from comp.training.determinism import check_determinism as check
+
+        if not check(loaded, fold):
+            raise typer.Exit(1)
+        return
     try:
         if seeds is None:
             crossval.run(loaded, name, fold, restart=restart, save_every=save_every)
@@ -83,11 +93,11 @@ def classical(
     """Fit scikit-learn to features over the same folds: a run that infers and blends like any other."""
     from comp import config_file
     from comp.blend.classical import run_classical
+    from comp.runs import check_name
 
     loaded = config_file.load(config, overrides or [])
-    name = run or "-".join([*(text.replace(":", "-") for text in features), estimator])
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    name = "-".join([*(text.replace(":", "-") for text in features), estimator]) if run is None else run
+    check_name(name, "--run", "runs")
     options = config_file.parse_pairs(option or [], "--option")
     run_classical(loaded, name, features=features, estimator=estimator, options=options, folds=fold, restart=restart)
 
@@ -129,9 +139,9 @@ def blend(
     from comp import config_file
     from comp.blend.crossfit import Recipe, examine, write_blend
     from comp.blend.members import gather, leaks_of
+    from comp.runs import check_name
 
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--name '{name}': a blend is named like a folder inside blends/, without slashes")
+    check_name(name, "--name", "blends")
     recipe = Recipe(method, config_file.parse_pairs(option or [], "--option"), calibration)
     members = gather(run, weights=weights, rows=rows, any_folds=not recipe.fitted)
     if members.dropped:
@@ -188,10 +198,10 @@ def infer(
     folds: list[int | str] | None = None
     if fold is not None:
         parts = [part.strip() for part in fold.split(",")]
-        known = all(part in ("all", "full") or part.isdigit() for part in parts)
-        if not known or len(set(parts)) != len(parts) or ("all" in parts and any(part.isdigit() for part in parts)):
+        known = all(part in ("all", "full") or part.isdecimal() for part in parts)
+        if not known or len(set(parts)) != len(parts) or ("all" in parts and any(part.isdecimal() for part in parts)):
             raise ValueError(f"--fold '{fold}': allowed are all, full, numbers like 0,2, or several like all,full")
-        folds = [int(part) if part.isdigit() else part for part in parts]
+        folds = [int(part) if part.isdecimal() else part for part in parts]
     how: dict[str, Any] = {"folds": folds, "precision": precision, "batch_tokens": batch_tokens, "test": test}
     how |= {"time_budget": time_budget, "out": out, "devices": choose_devices(workers, devices)}
     try:
@@ -380,3 +390,27 @@ def main() -> None:
             raise
         print(f"comp: {fault}", file=sys.stderr)
         sys.exit(2 if isinstance(fault, ValueError) else 1)
+    except (RuntimeError, MemoryError) as fault:  # where no smaller batch helps: the model itself, the optimizer
+        from comp.training.memory import ADVICE, is_memory
+
+        if not is_memory(fault):
+            raise
+        reason = str(fault).strip().split("\n")[0] or "no more is given"
+        print(f"comp: memory ran out ({reason}); what is saved is whole. Try {ADVICE}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as fault:
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({fault.filename})" if fault.filename else ""
+            print(
+                f"comp: the disk is full{where}; what was written before is whole: free some space, and the same "
+                "command goes on from what is saved",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        if fault.filename is None:
+            raise
+        print(
+            f"comp: {fault.filename2 or fault.filename}: {fault.strerror}; look at the path, its rights and the disk",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where tensors live and in which type the forward pass runs. Weights are always float32."""
@@ -132,6 +135,8 @@ def open_runtime(precision: str = "auto", device: str | None = None) -> Runtime:
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision '{precision}': allowed are {', '.join(PRECISIONS)}")
     place = torch.device(device)
     if place.type == "cuda":
         fault = kernel_fault(torch.cuda.get_arch_list(), torch.cuda.get_device_capability(place))

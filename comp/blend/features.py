@@ -25,7 +25,7 @@ from comp.data.folds import Folding
 from comp.data.tables import Table
 from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
-from comp.model.backbone import load_backbone, load_tokenizer, save_recipe
+from comp.model.backbone import check_tokenizer, load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
 from comp.runs import RunFolder, digest, kept, write_atomic
 from comp.runtime import Runtime, open_runtime, release_memory
@@ -37,6 +37,7 @@ __all__ = [
     "FEATURES",
     "Source",
     "check_folds_of_runs",
+    "check_runs",
     "keep_backbone",
     "parse_features",
     "transform",
@@ -103,6 +104,7 @@ def embeddings(source: Source, argument: str, training: NDArray[np.int64] | None
         model = build_model(
             source.backbone, tokenizer, pretrained=True, pooler={"name": "mean"}, heads={},
             max_length=config.model.max_length, part=config.model.part, with_vectors=True,
+            allow_pickle=config.model.allow_pickle,
         )  # fmt: skip
         return _embed(source, model.to(source.runtime.device), tokenizer)
 
@@ -115,22 +117,28 @@ def keep_backbone(config: Config, folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         return
     tokenizer = load_tokenizer(config.model.backbone)
-    backbone = load_backbone(config.model.backbone, tokenizer, dropout=None, with_pooler=False, part=config.model.part)
+    backbone = load_backbone(
+        config.model.backbone,
+        tokenizer,
+        dropout=None,
+        with_pooler=False,
+        part=config.model.part,
+        allow_pickle=config.model.allow_pickle,
+    )
     save_recipe(backbone, tokenizer, folder)
     backbone.model.save_pretrained(folder)
 
 
 def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
     """The vectors a run's own fold model gives its head: `run:NAME`."""
+    check_runs([("run", argument)], [source.fold])
     folder = RunFolder(_run_path(argument))
     member = read_member(folder.path)
-    own = folder.fold(source.fold)
-    if not own.done.exists():
-        raise ValueError(f"{own.path} is not finished, and fold {source.fold} needs its model; train it first")
-    config = member.config
+    own, config = folder.fold(source.fold), member.config
 
     def compute() -> Floats:
         tokenizer = load_tokenizer(str(folder.backbone))
+        check_tokenizer(tokenizer, folder.backbone, member.manifest.get("tokenizer"))
         model = build_model(
             folder.backbone, tokenizer, pretrained=False, pooler=config.model.pooler.model_dump(), heads={},
             max_length=config.model.max_length, num_fields=len(config.competition.text_columns), part=config.model.part,
@@ -234,6 +242,17 @@ def parse_features(names: Sequence[str]) -> list[tuple[str, str]]:
     if not found or len(set(found)) != len(found):
         raise ValueError(f"--features {list(names)}: name each once, and one at least; see `comp list features`")
     return found
+
+
+def check_runs(features: Sequence[tuple[str, str]], folds: Sequence[int | str]) -> None:
+    """Raise ValueError when a run that features come from is none, or has not finished one of the folds."""
+    for argument in [argument for name, argument in features if name == "run"]:
+        folder = read_member(_run_path(argument)).folder
+        for fold in folds:
+            if not folder.fold(fold).done.exists():
+                raise ValueError(
+                    f"{folder.fold(fold).path} is not finished, and fold {fold} needs its model; train it first"
+                )
 
 
 def transform(

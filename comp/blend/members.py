@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from comp import config_file
 from comp.blend.ensemble import Problem
 from comp.config import Config, Task, Tracking
+from comp.data.frames import read_frame
 from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.tables import read_competition
 from comp.runs import RUNS, RunFolder, digest, read_json
@@ -64,8 +65,8 @@ def read_member(path: str | Path) -> Member:
         raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `comp oof`")
     if not folder.oof.exists():
         raise ValueError(f"{path} has no out-of-fold rows yet; train its folds with `comp train`")
-    rows = pd.read_parquet(folder.oof).set_index("id")
-    return Member(folder, config_file.load(folder.config), read_json(folder.manifest), rows)
+    rows = read_frame(folder.oof, "id").set_index("id")
+    return Member(folder, config_file.load(folder.config), read_json(folder.manifest, "classes", "fingerprints"), rows)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def list_runs(root: Path = RUNS) -> list[str]:
     for scores in sorted(root.glob("*/scores.json"), key=lambda path: path.stat().st_mtime):
         folder = RunFolder(scores.parent)
         config, found = config_file.load(folder.config), read_json(scores)
-        marks = read_json(folder.manifest)["fingerprints"]
+        marks = read_json(folder.manifest, "fingerprints")["fingerprints"]
         shown = [found.get(kind, {}).get("pooled") for kind in COLUMN] + [found.get("keep_best_flatters")]
         folds = f"{len(found['best']['folds'])}/{config.folds.num_folds}"
         file = f"{config.fold_name} {marks.get('folds', 'none')}"

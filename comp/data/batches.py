@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from comp.data.tokens import Encoded, within
 
-__all__ = ["Batch", "Labels", "collate", "sorted_batches", "training_windows"]
+__all__ = ["Batch", "Labels", "collate", "longest_window", "sorted_batches", "training_windows"]
 
 MEGA_BATCHES = 50  # windows sorted together: long enough to pad little, short enough to stay shuffled
 
@@ -137,6 +137,15 @@ def training_windows(
         windows = [windows[place] for place in generator.permutation(len(windows))]
     micro = micro_batch_size or batch_size
     return [[window[start : start + micro] for start in range(0, len(window), micro)] for window in windows]
+
+
+def longest_window(
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], *, batch_size: int, micro_batch_size: int | None = None
+) -> list[NDArray[np.int64]]:
+    """Return a window of the longest of `rows`, which takes as much memory as any of `training_windows`."""
+    longest = rows[np.argsort(-lengths[rows], kind="stable")[:batch_size]]
+    micro = micro_batch_size or batch_size
+    return [longest[start : start + micro] for start in range(0, len(longest), micro)]
 
 
 def sorted_batches(

@@ -7,6 +7,7 @@ every length, truncation and window. Shapes: N rows, P pieces (a row has one, or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -385,13 +386,22 @@ def _column(
 def _read_or_tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], folder: Path | None) -> _Column:
     if folder is None:
         return _Column(**_tokenize(tokenizer, texts))
-    if not (folder / "meta.json").exists():
-        arrays = _tokenize(tokenizer, texts)
-        try:
-            _save(folder, arrays)
-        except OSError:  # a read-only or full disk costs the cache, not the run
-            return _Column(**arrays)
-    return _Column(**{file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
+    if (folder / "meta.json").exists():
+        with suppress(ValueError, EOFError, OSError):  # damaged, or half removed: made anew
+            return _stored(folder)
+    arrays = _tokenize(tokenizer, texts)
+    try:
+        _save(folder, arrays)
+        return _stored(folder)
+    except OSError:  # a read-only or full disk costs the cache, not the run
+        return _Column(**arrays)
+
+
+def _stored(folder: Path) -> _Column:
+    found = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ids", "offsets")}
+    if int(found["offsets"][-1]) != len(found["ids"]):
+        raise ValueError(f"{folder} is damaged")
+    return _Column(**found)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, NDArray[Any]]:

@@ -25,6 +25,7 @@ from comp.ship.loaded import Fold, LoadedRun, crew_of, load
 from comp.ship.submission import (
     build_submission,
     build_without_sample,
+    check_path,
     read_submission,
     validate_submission,
     write_submission,
@@ -100,6 +101,9 @@ def infer(
         "classes": first.classes.get(first.task.name),
     }
     path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
+    check_path(path)
+    if sample is not None:  # what does not fit it is said now, not after the last model
+        build_submission(sample, ids, np.zeros((len(ids), len(first.output_names))), **about)
 
     def write(found: Found) -> pd.DataFrame:
         values = _together(found, len(loaded), blend)

@@ -20,7 +20,7 @@ from comp.config import Config, Task
 from comp.data.batches import sorted_batches
 from comp.data.tables import Table, table_of
 from comp.data.tokens import CACHE, Encoded, Memory, encode
-from comp.model.backbone import load_tokenizer
+from comp.model.backbone import check_tokenizer, load_tokenizer
 from comp.model.heads import plan_heads
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel, build_model
@@ -121,6 +121,7 @@ class LoadedRun:
     def read(self, table: Table, *, cache: Path | None = CACHE, memory: Memory | None = None) -> Any:
         """Return what the model sees of a table: its tokens."""
         tokenizer = load_tokenizer(str(self.folder.backbone))
+        check_tokenizer(tokenizer, self.folder.backbone, read_json(self.folder.manifest).get("tokenizer"))
         return encode(tokenizer, table.texts, **self.config.model.cutting, cache=cache, memory=memory)
 
     def shares(self, content: Any, number: int) -> list[tuple[NDArray[np.int64], Any]]:
@@ -276,6 +277,6 @@ def load(
     if folder.classical.exists() and weights == "averaged":
         raise ValueError(f"{path} is a classical run and has no averaged weights; use --weights best")
     loaded = LoadedClassical if folder.classical.exists() else LoadedRun
-    classes = read_json(folder.manifest)["classes"]
+    classes = read_json(folder.manifest, "classes", "fingerprints", "commit")["classes"]
     few = FEW if devices is None else 0
     return loaded(folder, config, classes, chosen, weights, runtimes, batch_tokens, few)

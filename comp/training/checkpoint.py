@@ -12,7 +12,7 @@ from torch import nn
 
 from comp.runs import write_atomic
 
-__all__ = ["load_weights", "save_weights", "step_of"]
+__all__ = ["bytes_of", "load_weights", "save_weights", "step_of"]
 
 PIECE = 2**21  # numbers read at a time
 
@@ -26,6 +26,11 @@ def save_weights(path: Path, model: nn.Module, *, step: int | None = None) -> No
     # One entry only: safetensors writes several in an order of its own, and files of equal weights would differ.
     about = {"format": "pt"} if step is None else {"step": str(step)}
     write_atomic(path, lambda temporary: save_file(unique, temporary, metadata=about))
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return how many bytes the weights of a model take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def step_of(path: Path) -> int | None:

@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from comp.config import Config
-from comp.data.batches import Labels, collate
+from comp.data.batches import Labels, collate, longest_window
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
 from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
+from comp.lock import hold
 from comp.metrics import METRICS, is_better
-from comp.model.backbone import load_tokenizer, save_recipe
+from comp.model.backbone import load_tokenizer, save_recipe, vocabulary_digest
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
 from comp.model.token_pooling import PoolerOutput
@@ -31,7 +32,7 @@ from comp.optim import build_optimizer
 from comp.optim.groups import ParameterGroup, build_groups, group_table
 from comp.optim.lookahead import Lookahead
 from comp.progress import open_progress
-from comp.runs import RunFolder, claim, sweep, write_json, write_text
+from comp.runs import RunFolder, claim, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
@@ -43,10 +44,11 @@ from comp.stability.reinit import reinit_blocks_, reinit_linear_
 from comp.tracking import open_tracker
 from comp.training import oof
 from comp.training.cadence import Never
-from comp.training.checkpoint import save_weights
+from comp.training.checkpoint import bytes_of, save_weights
 from comp.training.held_out import HeldOut
 from comp.training.lessons import NoPseudo, Stages, open_pseudo
 from comp.training.objective import Objective
+from comp.training.preflight import check_metric, check_rows, check_space, check_steps
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, Stopped, TrainState, fit
 
@@ -82,7 +84,7 @@ def parse_folds(text: str, num_folds: int) -> list[Fold]:
     if text == "full":
         return ["full"]
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
+    if not all(part.isdecimal() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
         raise ValueError(f"--fold '{text}': allowed are all, full, or numbers 0 to {num_folds - 1} like 0,2")
     return [int(part) for part in parts]
 
@@ -100,8 +102,14 @@ def run(
 
     `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`). `say`
     takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
-    ValueError, before any training, for whatever does not fit; Stopped after SIGTERM or Ctrl-C, the state saved.
+    ValueError, before any training, for whatever does not fit, or when another process trains this run; Stopped after
+    SIGTERM or Ctrl-C, the state saved.
     """
+    with hold(Path("runs") / name):
+        return _run(config, name, folds, restart, save_every, say)
+
+
+def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, say: Say) -> oof.Scores | None:
     every = parse_save_every(save_every)
     wanted = parse_folds(folds, config.folds.num_folds)
     if wanted == ["full"] and config.stability.averaging.name == "soup":
@@ -109,17 +117,27 @@ def run(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
     folder = RunFolder(Path("runs") / name)
-    table, folding = open_tables(config, wanted, say)
-    pseudo = open_pseudo(config, table, folding, wanted, say)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
-    if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
+    table, folding = open_tables(config, wanted, say)
+    rows = {fold: rows_of(fold, config, table, folding) for fold in wanted}
+    for fold, own in rows.items():
+        check_rows(config, table, fold, *own)
+    pseudo = open_pseudo(config, table, folding, wanted, say)
+    for fold, (training, _) in rows.items():
+        check_steps(config, fold, pseudo.lesson(fold, table, training))
+    coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
+    if coming:
         # What does not fit is said now, before anything is written.
-        _optimizer(config, _groups(config, *_model(config, table, tokenizer)))
+        model, fresh = _model(config, table, tokenizer)
+        _optimizer(config, _groups(config, model, fresh))
+        check_space(config, coming, bytes_of(model), len(table), every)
+        del model, fresh
         release_memory()
     encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
-    about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    about["tokenizer"] = vocabulary_digest(tokenizer)
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
     plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say)
@@ -147,6 +165,7 @@ def open_tables(config: Config, wanted: Sequence[Fold], say: Say) -> tuple[Table
     table, test = read_competition(config.competition, config.tasks)
     folding = None
     if wanted != ["full"]:
+        check_metric(config, table, slice(None), config.competition.train)
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
     for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
         say(f"warning: {leak}")
@@ -166,15 +185,14 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
-    if fold != "full" and not len(held_out):
-        raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
-
+    folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
     seed_everything(config.training.seed)
     model, fresh = _model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     start = start_digest(model)
     model.to(runtime.device)
-    save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
+    with full_disk_said(plan.folder.backbone):
+        save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
     groups = _groups(config, model, fresh)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -193,11 +211,6 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     lesson = plan.pseudo.lesson(fold, table, training)
     stages = Stages(lesson, config, plan.encoded.lengths)
     num_steps = stages.num_steps
-    if isinstance(optimizer, Lookahead) and optimizer.steps > num_steps:
-        raise ValueError(
-            f"fold {fold} trains for {num_steps} steps, but lookahead moves its slow weights, the ones that are kept, "
-            f"every {optimizer.steps} steps only: they would stay as they are; lower its steps"
-        )
     averager, schedule = _averager(config, model, stages)
     labels = Labels(lesson.table.targets, lesson.table.weights, lesson.table.errors)
     held = HeldOut(
@@ -226,7 +239,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         folder,
         {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
         start=start,
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        weight_bytes=bytes_of(model),
         mark=tracker.mark,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
@@ -236,6 +249,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     objective = Objective(
         config.tasks, lesson.table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
     )
+    sizes = config.training.model_dump(include={"batch_size", "micro_batch_size"})
+    on_gpu = runtime.device.type == "cuda"
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -266,6 +281,12 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         peak_lr=config.optimizer.lr,
         clip_norm=config.optimizer.clip_norm,
         patience=config.evaluation.patience,
+        whole_batch=config.whole_batch,
+        # On a CPU memory does not run out in words: the system ends the process.
+        largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes)
+        if runtime.device.type == "cuda"
+        else None,
+        blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
     )
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
@@ -351,6 +372,7 @@ def _model(config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, lis
         freeze_embeddings=model.freeze_embeddings,
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
+        allow_pickle=model.allow_pickle,
     )
     fresh = reinit_blocks_(built.backbone, stability.reinit_layers)
     if stability.reinit_pooler:

@@ -51,6 +51,11 @@ class Lesson:
     """Row numbers of an epoch of the stage before; none without."""
     lead_epochs: int = 0
 
+    @property
+    def all_rows(self) -> Rows:
+        """Row numbers of every stage."""
+        return np.concatenate([self.lead, self.rows])
+
 
 class NoPseudo:
     """Training on the true rows alone."""
