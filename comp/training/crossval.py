@@ -283,9 +283,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         patience=config.evaluation.patience,
         whole_batch=config.whole_batch,
         # On a CPU memory does not run out in words: the system ends the process.
-        largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes)
-        if runtime.device.type == "cuda"
-        else None,
+        largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes) if on_gpu else None,
         blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
     )
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
