@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from comp.blend.features import parse_features
+from comp.blend.features import check_folds_of_runs, parse_features
 from comp.config import Config
 from comp.config_pseudo import NUMBERS
 from comp.data.folds import Folding, read_folds, valid_rows
@@ -131,21 +131,8 @@ def open_teacher(path: str | Path, weights: str) -> Teacher:
                 "the model of another fold; put it back, or train it anew"
             )
     if classical:
-        for name, argument in parse_features(read_json(folder.classical)["features"]):
-            if name == "run":
-                _must_share_folds(folder, argument, marks["folds"])
+        check_folds_of_runs(parse_features(read_json(folder.classical, "features")["features"]), folding)
     return Teacher(run, table, folding)
-
-
-def _must_share_folds(folder: RunFolder, argument: str, folds: str) -> None:
-    """Raise ValueError unless the run whose vectors are features of `folder` has the same fold file."""
-    other = RunFolder(argument if Path(argument).exists() else RUNS / argument)
-    there = read_json(other.manifest)["fingerprints"].get("folds")
-    if there != folds:
-        raise ValueError(
-            f"{folder.path} reads features of {other.path}, which was trained on other folds ({there}, not {folds}): "
-            "its models have seen rows that are held out here"
-        )
 
 
 # --- the set ---------------------------------------------------------------------------------------------------------
