@@ -68,6 +68,8 @@ def any_of(template: str, *values: float, **own: Any) -> Variant:
 
 
 OFTEN = "evaluation.every=4 steps"
+PAIR = ("stability.reinit_layers=2", "stability.averaging.name=swa")
+LLRD = "groups={layout: llrd, decay: 0.9}"
 VARIANTS: dict[str, Variant] = {
     BASELINE: any_of("optimizer.lr={}", 1e-4, 2e-4, 4e-4, what="AdamW, evaluated at the ends of epochs"),
     "frequent evaluation": one(OFTEN, what="every 4 steps instead of every 16"),
@@ -90,6 +92,12 @@ VARIANTS: dict[str, Variant] = {
     "multi_sample_dropout": any_of("model.multi_sample_dropout=5; model.head_dropout={}", 0.1, 0.3, 0.5),
     "supcon": any_of("stability.supcon.weight={}", 0.03, 0.1, 0.3),
     "freeze_embeddings": one("model.freeze_embeddings=true"),
+    # The two techniques whose mean on the rows to choose by is lowest, as far as they go together; then with more.
+    "reinit 2 + swa": one(*PAIR, weights="averaged", what="the best pair"),
+    "recipe": one(*PAIR, LLRD, weights="averaged", what="the best pair and llrd"),
+    "recipe, frozen": one(
+        *PAIR, LLRD, "model.freeze_embeddings=true", weights="averaged", what="that, with frozen embeddings"
+    ),
 }
 
 
