@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from comp.blend.members import read_member
+from comp import config_file
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
@@ -24,12 +24,12 @@ from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
 from comp.model.backbone import load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
-from comp.runs import RunFolder, digest, kept
+from comp.runs import RUNS, RunFolder, digest, kept, read_json
 from comp.runtime import Runtime, release_memory
 from comp.training.checkpoint import load_weights
 from comp.training.predict import predict
 
-__all__ = ["FEATURES", "Source", "keep_backbone", "parse_features", "transform"]
+__all__ = ["FEATURES", "Source", "keep_backbone", "parse_features", "run_path", "transform"]
 
 Floats: TypeAlias = NDArray[np.float64]
 State: TypeAlias = dict[str, Any]
@@ -48,6 +48,8 @@ class Source:
     backbone: str
     """Folder or name that the tokenizer and the pretrained model are read from."""
     cache: Path | None = CACHE
+    runs: Path = RUNS
+    """Folder of the runs that run:NAME names."""
 
 
 # --- the makers: (source, argument, training rows or None, state or None) -> (matrix (N, D), state) -----------------
@@ -103,12 +105,13 @@ def keep_backbone(config: Config, folder: Path) -> None:
 
 def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
     """The vectors a run's own fold model gives its head: `run:NAME`."""
-    folder = RunFolder(_run_path(argument))
-    member = read_member(folder.path)
+    folder = RunFolder(run_path(source.runs, argument))
+    if not folder.config.exists() or not folder.manifest.exists():
+        raise ValueError(f"{folder.path} is no run folder: config.yaml or manifest.json is missing; see `comp oof`")
     own = folder.fold(source.fold)
     if not own.done.exists():
         raise ValueError(f"{own.path} is not finished, and fold {source.fold} needs its model; train it first")
-    config = member.config
+    config, fingerprints = config_file.load(folder.config), read_json(folder.manifest)["fingerprints"]
 
     def compute() -> Floats:
         tokenizer = load_tokenizer(str(folder.backbone))
@@ -122,13 +125,14 @@ def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | 
             Source(source.table, config, source.runtime, source.fold, ""), model.to(source.runtime.device), tokenizer
         )
 
-    marks = [str(folder.path.resolve()), str(source.fold), str(member.manifest["fingerprints"]), own.done.read_text()]
+    marks = [str(folder.path.resolve()), str(source.fold), str(fingerprints), own.done.read_text()]
     return _standardised(_cached(source, marks, compute), training, state)
 
 
-def _run_path(argument: str) -> Path:
+def run_path(runs: Path, argument: str) -> Path:
+    """Return the folder of the run that run:NAME names: in `runs`, or a path of its own."""
     path = Path(argument)
-    return path if path.exists() else Path("runs") / argument
+    return path if path.exists() and not (runs / argument).exists() else runs / argument
 
 
 def _embed(source: Source, model: Any, tokenizer: Any) -> Floats:

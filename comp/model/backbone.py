@@ -22,6 +22,8 @@ from comp.doctor import hub_answers
 __all__ = ["Backbone", "load_backbone", "load_tokenizer", "rebuild_backbone", "resolve_source", "save_recipe"]
 
 PACKAGE = "package:"
+# Code that comes with a checkpoint is never run. Said at every call: where nothing is said, transformers asks.
+NO_CODE = {"trust_remote_code": False}
 # Norms that follow the last block learn at the top block's rate; every other parameter outside the blocks (embeddings,
 # their projection, relative position tables shared by all blocks) at the embeddings'.
 AFTER_BLOCKS = ("final_norm", "final_layer_norm", "ln_f")
@@ -261,7 +263,7 @@ def load_tokenizer(source: str) -> Any:
 
     folder = resolve_source(source)
     with _quiet_hub(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder), **NO_CODE)
     if not tokenizer.is_fast:
         raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
     tokenizer.padding_side = "left" if _cls_is_last(tokenizer) else "right"
@@ -295,6 +297,7 @@ def load_backbone(
             dtype=torch.float32,
             output_loading_info=True,
             local_files_only=_local_only(folder),
+            **NO_CODE,
             **options,
         )
         return model, set(report["missing_keys"])
@@ -322,7 +325,7 @@ def rebuild_backbone(
     from transformers import AutoModel
 
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
-        return AutoModel.from_config(config, dtype=torch.float32, **options), set()
+        return AutoModel.from_config(config, dtype=torch.float32, **NO_CODE, **options), set()
 
     with _quiet_hub(str(folder)):
         return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
@@ -331,7 +334,7 @@ def rebuild_backbone(
 def _read_config(folder: str, dropout: float | None) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder))
+    config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder), **NO_CODE)
     if dropout is not None:
         # Some models read the probability from the config at every call (F.dropout), so the modules are not enough.
         for key, value in config.to_dict().items():

@@ -6,6 +6,7 @@ Needs torch, transformers, numpy, pandas, scikit-learn, safetensors, PyYAML and 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from comp import config_file
 from comp.blend.classical import predict_classical
 from comp.blend.crossfit import Blend
 from comp.config import Config, Task
+from comp.data.frames import listed
 from comp.data.tables import Table, read_test, table_of
 from comp.data.tokens import CACHE, encode
 from comp.model.backbone import load_tokenizer
@@ -30,6 +32,7 @@ from comp.progress import open_progress
 from comp.runs import RunFolder, digest, kept, newest_finished, read_json
 from comp.runtime import Runtime, open_runtime, release_memory
 from comp.ship.jobs import Job, Jobs, parse_duration
+from comp.ship.manifest import MANIFEST
 from comp.ship.submission import (
     build_submission,
     build_without_sample,
@@ -72,15 +75,19 @@ class LoadedRun:
         """Names of the predicted columns of the first task: targets, or the classes of a multiclass task."""
         return self.classes[self.task.name] if self.task.kind == "multiclass" else list(self.task.targets)
 
-    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def predict(self, frame: pd.DataFrame, *, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
         """Predict a frame that has the competition's id and text columns.
 
-        Returns the id column (as text) and one column per output, in the rows' order: values for regression and
-        ordinal, probabilities for the other kinds; the mean over the run's fold models. Raises ValueError for missing
-        columns, empty or duplicate ids.
+        `columns`: name in the frame -> name in the config, where they differ: {"full_text": "text"}. Returns the id
+        column (as text) and one column per output, in the rows' order: values for regression and ordinal, probabilities
+        for the other kinds; the mean over the run's fold models. Raises ValueError for missing columns, empty or
+        duplicate ids.
         """
-        table = table_of(frame, self.config.competition, source="frame")
-        values = self.predict_table(table, cache=None)
+        table = table_of(renamed(frame, columns or {}), self.config.competition, source="frame")
+        return self.as_frame(table, self.predict_table(table, cache=None))
+
+    def as_frame(self, table: Table, values: NDArray[np.float64]) -> pd.DataFrame:
+        """Return the ids of a table and one column per output of (N, K) predictions."""
         columns = {name: values[:, place] for place, name in enumerate(self.output_names)}
         return pd.DataFrame({self.config.competition.id: table.ids, **columns})
 
@@ -89,6 +96,8 @@ class LoadedRun:
 
         The text is tokenized once; one model at a time is in memory.
         """
+        if not len(table):
+            return np.zeros((0, len(self.output_names)))
         progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")
         try:
             predict_fold = self.open(table, cache=cache, on_batch=progress.advance)
@@ -160,16 +169,39 @@ class LoadedClassical(LoadedRun):
         return self.folder.fold(fold).path / "seen.npz"
 
 
+def renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Rename columns, the index too. Raises ValueError when one is not there, or its new name is taken."""
+    if frame.index.name in columns:
+        frame = frame.reset_index()
+    absent = [name for name in columns if name not in frame.columns]
+    taken = [new for new in columns.values() if new in frame.columns and new not in columns]
+    if absent or taken or len(set(columns.values())) < len(columns):
+        reasons = [f"the frame has no {listed(absent)}; "] * bool(absent)
+        reasons += [f"{listed(taken)} is there already; "] * bool(taken)
+        raise ValueError(
+            f"columns {dict(columns)}: {''.join(reasons)}give name in the frame -> name in the config, each once; the "
+            f"frame's columns are {listed(frame.columns, 20)}"
+        )
+    return frame.rename(columns=dict(columns))
+
+
 def load(
-    path: str | Path, *, folds: Sequence[Fold] | None = None, weights: str = "best", precision: str | None = None
+    path: str | Path,
+    *,
+    folds: Sequence[Fold] | None = None,
+    weights: str = "best",
+    precision: str | None = None,
+    fallback: str = "stop",
 ) -> LoadedRun:
     """Open a finished run for prediction: `load("runs/large").predict(frame)`.
 
     `folds`: which fold models to average; None = all finished ones, or the full-data model when there is no fold.
-    `weights`: best (by validation), last, or averaged. `precision`: None = as in training. Raises ValueError when the
-    folder is no run, or a fold is not finished.
+    `weights`: best (by validation), last, or averaged. `precision`: None = as in training. `fallback`: stop or cpu, see
+    `open_runtime`. Raises ValueError when the folder is no run, or a fold is not finished.
     """
     folder = RunFolder(path)
+    if (folder.path / MANIFEST).exists():
+        raise ValueError(f"{path} is a bundle of runs: use comp.load_bundle('{path}'), or load one of its runs/")
     if not folder.config.exists() or not folder.manifest.exists():
         raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `ls runs/`")
     if weights not in ("best", "last", "averaged"):
@@ -186,7 +218,7 @@ def load(
             f"{', '.join(map(str, finished))}"
         )
     wanted = precision or config.training.precision
-    runtime = open_runtime(wanted)
+    runtime = open_runtime(wanted, fallback=fallback)
     if folder.classical.exists() and weights == "averaged":
         raise ValueError(f"{path} is a classical run and has no averaged weights; use --weights best")
     loaded = LoadedClassical if folder.classical.exists() else LoadedRun
@@ -197,11 +229,13 @@ def infer(
     runs: Sequence[str | Path] = (),
     *,
     test: str | None = None,
+    sample: str | None = None,
     out: str | None = None,
     folds: Sequence[Fold] | None = None,
     weights: str = "best",
     blend: Blend | None = None,
     precision: str | None = None,
+    fallback: str = "stop",
     time_budget: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -209,7 +243,9 @@ def infer(
 
     Without `runs`: the newest finished one. Every run counts the same, whatever its number of folds, and every model of
     a run, a full-data one too; or a `blend` says which runs and weights, and how they go together. The predictions are
-    of the first task; runs must agree on its targets, kind and classes.
+    of the first task; runs must agree on its targets, kind and classes. `sample`: sample submission; None = the
+    config's, where the test table is the config's too. A test table without rows gives the header alone. `fallback`:
+    stop or cpu, for a GPU without kernels.
 
     What a model has predicted is kept, so that a killed call goes on where it was. `time_budget` ("8h"): models that
     will not fit are left out, lightest run first (see jobs.py), and the file is written anew after every model.
@@ -220,24 +256,18 @@ def infer(
     if not runs:
         runs = [newest_finished()]
         say(f"newest finished run: {runs[0]}")
-    loaded = [load(run, folds=folds, weights=weights, precision=precision) for run in runs]
+    loaded = [load(run, folds=folds, weights=weights, precision=precision, fallback=fallback) for run in runs]
+    must_fit(loaded, blend)
     first = loaded[0]
-    for other in loaded[1:]:
-        if (other.task.kind, other.output_names) != (first.task.kind, first.output_names):
-            raise ValueError(
-                f"{first.folder.path} predicts {first.task.kind} {first.output_names}, but {other.folder.path} "
-                f"predicts {other.task.kind} {other.output_names}; runs in one submission must predict the same"
-            )
-    if blend is not None:
-        _must_be_as_blended(loaded, blend)
     competition = first.config.competition
     test_file = test or competition.test
     if test_file is None:
         raise ValueError(f"{first.folder.path} names no competition.test; give the table with --test FILE")
     # The sample must fit the table that is predicted: --test of another table goes without it.
-    sample_file = competition.sample_submission if test is None or test == competition.test else None
-    sample = read_submission(Path(sample_file), competition.id) if sample_file else None
-    tables = [read_test(test_file, run.config.competition) for run in loaded]
+    own_sample = competition.sample_submission if test is None or test == competition.test else None
+    sample_file = sample or own_sample
+    layout = read_submission(Path(sample_file), competition.id, empty=True) if sample_file else None
+    tables = [read_test(test_file, run.config.competition, empty=True) for run in loaded]
     ids = list(tables[0].ids)
     for run, table in zip(loaded, tables, strict=True):
         if list(table.ids) != ids:
@@ -252,16 +282,21 @@ def infer(
     path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
 
     def write(found: Found) -> pd.DataFrame:
-        values = _together(found, len(loaded), blend)
-        frame = build_submission(sample, ids, values, **about) if sample is not None else build_without_sample(
+        values = _together(found, len(loaded), blend) if ids else np.zeros((0, len(first.output_names)))
+        frame = build_submission(layout, ids, values, **about) if layout is not None else build_without_sample(
             ids, values, **about
         )  # fmt: skip
-        validate_submission(frame, sample, **about)
+        validate_submission(frame, layout, **about)
         used = [{**_about(run), "models": len(found.get(number, []))} for number, run in enumerate(loaded)]
         sidecar: dict[str, Any] = {"test": str(test_file), "weights": weights, "runs": used}
         write_submission(path, frame, sidecar if blend is None else {**sidecar, "blend": read_json(blend.path)})
         return frame
 
+    if not ids:
+        warnings.warn(f"{test_file}: the table has no rows, so the submission is its header alone", stacklevel=2)
+        write({})
+        say(f"wrote {path}: 0 rows; valid")
+        return path
     shares = [1.0] * len(loaded) if blend is None else blend.shares
     found, jobs = _predict_all(loaded, tables, shares, seconds, write if seconds is not None else None)
     for job in jobs.dropped:
@@ -334,8 +369,17 @@ def _together(
     return (blend if len(runs) == num_runs else blend.among(runs)).apply(preds)
 
 
-def _must_be_as_blended(runs: Sequence[LoadedRun], blend: Blend) -> None:
-    """Raise ValueError when a run was trained anew since the blend was fitted: its weights are of other models."""
+def must_fit(runs: Sequence[LoadedRun], blend: Blend | None) -> None:
+    """Raise ValueError unless runs predict the same, and are as they were when a blend was fitted to them."""
+    first = runs[0]
+    for other in runs[1:]:
+        if (other.task.kind, other.output_names) != (first.task.kind, first.output_names):
+            raise ValueError(
+                f"{first.folder.path} predicts {first.task.kind} {first.output_names}, but {other.folder.path} "
+                f"predicts {other.task.kind} {other.output_names}; runs in one submission must predict the same"
+            )
+    if blend is None:
+        return
     for run, marks in zip(runs, blend.fingerprints, strict=True):
         now = read_json(run.folder.manifest)["fingerprints"]
         changed = [part for part, mark in marks.items() if now.get(part) != mark]
