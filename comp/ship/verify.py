@@ -125,8 +125,9 @@ def verify(
                 if not found["imported"].startswith(str(run.bundle)):
                     raise ValueError(f"`from comp import load` from the bundle's folder fails: {found['imported']}")
                 say("import without install, by sys.path.append: ok")
+            where = run.bundle.relative_to(run.inputs)
             say(
-                f"/kaggle/input/{SHAPES[shape][0]}: {len(expected):,} rows, {found['seconds']:.0f} s, peak memory "
+                f"/kaggle/input/{where}: {len(expected):,} rows, {found['seconds']:.0f} s, peak memory "
                 f"{found['peak'] / 10**6:,.0f} MB; differs from comp infer with {source} by {largest:.1e} at most"
             )
             if largest > TOLERANCE:
@@ -320,9 +321,7 @@ class _Trial:
         command = [str(python), str(Path(execute.__file__).resolve()), str(self.path / "plan.json")]
         if way == "unshare":
             command = _unshared(self.inputs, command) if bound else ["unshare", "-rn", *command]
-        done = subprocess.run(
-            command, cwd=self.working, env=self._variables(), capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=self.working, env=self._variables(), capture_output=True, text=True)
         result = self.path / "result.json"
         found = read_json(result) if result.exists() else {"fault": done.stderr.strip()[-3000:] or "it was killed"}
         if found["fault"]:
