@@ -40,7 +40,7 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 
 test-oldest: $(STAMP) $(OLDEST)/.installed  ## inference with the oldest supported versions, on a bundle of the newest
 	rm -rf $(OLDEST)/handover
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/handover.py $(OLDEST)/handover
+	OMP_NUM_THREADS=1 $(BIN)/python tests/handover.py $(OLDEST)/handover
 	COMP_HANDOVER=$(CURDIR)/$(OLDEST)/handover OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m "not slow" \
 	  tests/test_handover.py tests/test_infer.py tests/test_submission.py tests/test_tables.py tests/test_tokens.py \
 	  tests/test_batches.py tests/test_bundle.py tests/test_classical.py

@@ -593,4 +593,7 @@ def test_code_of_a_checkpoint_is_never_run(
         rebuild_backbone(folder, tokenizer, dropout=0.0, with_pooler=False),
     ):
         assert type(model.model).__module__.startswith("transformers.models.bert")
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil"}))
+    with pytest.raises(ValueError, match="needs code that comes with the checkpoint, which comp never runs"):
+        load_backbone(str(folder), tokenizer, dropout=0.0, with_pooler=False)
     assert not (tmp_path / "ran").exists()

@@ -124,7 +124,10 @@ def test_without_credentials_it_says_what_to_do(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    assert "no Kaggle credentials: make a token at kaggle.com/settings" in capsys.readouterr().err
+    assert (
+        "no Kaggle credentials: call `kaggle auth login`, or make a token at kaggle.com/settings/api"
+        in capsys.readouterr().err
+    )
     assert not LOG.exists()
 
 
@@ -137,7 +140,7 @@ def test_the_log_is_a_table_that_is_read_back(isolated: Path) -> None:
     assert note_score(Entry("a.csv", "c"), 0.52) and [entry.lb for entry in read_log()] == [0.52, None, 0.31]
     assert not note_score(Entry("a.csv", "c"), 0.6) and len(read_log()) == 4
     LOG.write_text(LOG.read_text() + "| broken | line |\n")
-    with pytest.raises(ValueError, match=r"LOG.md, line 10: wanted 8 cells"):
+    with pytest.raises(ValueError, match=r"LOG.md, line 11: wanted 8 cells"):
         read_log()
 
 

@@ -235,6 +235,13 @@ def _quiet_hub(source: str) -> Any:
             f"model.backbone '{source}' could not be loaded: {reason} "
             "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
         ) from None
+    except ValueError as fault:
+        if "trust_remote_code" not in str(fault):
+            raise
+        raise ValueError(
+            f"model.backbone '{source}' needs code that comes with the checkpoint, which comp never runs; take a model "
+            "whose architecture is part of transformers"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -17,8 +17,8 @@ from comp.ship.manifest import LOCAL, files_of
 __all__ = ["Accepted", "open_client", "push_dataset", "push_kernel", "submit_csv", "validate_metadata"]
 
 HELP = (
-    "no Kaggle credentials: make a token at kaggle.com/settings, save it as ~/.kaggle/access_token, or set "
-    "KAGGLE_API_TOKEN (or KAGGLE_USERNAME and KAGGLE_KEY), then call again"
+    "no Kaggle credentials: call `kaggle auth login`, or make a token at kaggle.com/settings/api and save it as "
+    "~/.kaggle/access_token, or set KAGGLE_API_TOKEN (or KAGGLE_USERNAME and KAGGLE_KEY); then call again"
 )
 
 
@@ -115,7 +115,7 @@ def _not_there(*_: Any) -> None:
 def _kaggles_words(file: str, call: Callable[[], Any]) -> None:
     try:
         call()
-    except (ValueError, KeyError, json.JSONDecodeError) as fault:
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
         raise ValueError(f"kaggle refuses {file}: {fault}") from None
 
 

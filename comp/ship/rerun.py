@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from comp import config_file
 from comp.blend.crossfit import Blend, read_blend
 from comp.data.frames import read_frame
 from comp.data.tables import read_test, table_of
+from comp.runs import RunFolder
 from comp.runtime import open_runtime
 from comp.ship.infer import LoadedRun, infer, load, must_fit, renamed
 from comp.ship.manifest import places, read_manifest
@@ -155,7 +157,7 @@ def find_table(root: Path, competition: str, name: str, *, without: Path, needed
 
 def _fitting(sample: Path, test: Path, folder: Path, manifest: Mapping[str, Any], scratch: Path) -> Path:
     """Return the sample submission, or one in its columns for the rows that the test table has."""
-    competition = load(folder / manifest["runs"][0]["path"], precision="auto", fallback="cpu").config.competition
+    competition = config_file.load(RunFolder(folder / manifest["runs"][0]["path"]).config).competition
     frame = read_submission(sample, competition.id, empty=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again by infer

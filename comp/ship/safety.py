@@ -24,7 +24,7 @@ PICKLE = re.compile(rb"\x80[\x02-\x05]")
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".dill", ".h5")
 NATIVE = (".so", ".pyd", ".dll", ".dylib")
 SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-SHORTEST = 8
+SHORTEST = 12
 """A shorter value of an environment variable is found everywhere by chance."""
 TOKENS = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|KGAT_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}"
