@@ -48,7 +48,7 @@ def way_out(cut: str) -> str | None:
 def imported_from(bundle: str) -> str:
     """Return where `from comp import load` finds comp with the bundle added to sys.path, or what went wrong."""
     code = "import sys; sys.path.append(sys.argv[1]); from comp import load; import comp; print(comp.__file__)"
-    done = subprocess.run([sys.executable, "-P", "-c", code, bundle], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-B", "-c", code, bundle], capture_output=True, text=True)
     return (done.stdout or done.stderr).strip().splitlines()[-1]
 
 

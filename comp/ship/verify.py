@@ -116,7 +116,8 @@ def verify(
         template = _environment(scratch / "fresh", folder, manifest, way == "guard", say)
         (scratch / "try").mkdir()
         bound = way == "unshare" and _allowed(_unshared(scratch / "try", ["sh", "-c", f"! touch {scratch}/try/x"]))
-        say(f"network: {WAYS[way]}; inputs: {'mounted read-only' if bound else 'without write permission'}")
+        why = "; unshare is not permitted here" if way == "guard" and cut is None else ""
+        say(f"network: {WAYS[way]}{why}; inputs: {'mounted read-only' if bound else 'without write permission'}")
         for place, shape in enumerate(shapes):
             run = _Trial(scratch / str(place), folder, manifest, tables, SHAPES[shape])
             found = run.execute(template, way, bound)
@@ -139,7 +140,7 @@ def verify(
 
 WAYS = {
     "unshare": "cut by unshare -rn (no interface but loopback)",
-    "guard": "cut by a socket guard in Python (unshare is not permitted here; compiled code is not held back)",
+    "guard": "cut by a socket guard in Python, which does not hold back compiled code",
 }
 
 
