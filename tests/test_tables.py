@@ -274,7 +274,7 @@ def test_a_test_row_without_text_only_warns() -> None:
     with pytest.warns(UserWarning, match="in any row: all are predicted from an empty text; is it the right column?"):
         table_of(frame(text=["", "", ""]), competition())
     with pytest.raises(ValueError, match="in any row; name another column"):
-        table_of(frame(text=["", "", ""]), competition(), REGRESSION)
+        table_of(frame(text=["", "", ""]), competition(), [REGRESSION])
 
 
 def test_a_test_table_without_rows_is_read_where_it_is_allowed(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import comp
 from comp import config_file
 from comp.blend.crossfit import Blend, Recipe, examine, read_blend, write_blend_for_inference
 from comp.blend.features import parse_features, run_path
@@ -28,7 +27,7 @@ from comp.ship.jobs import parse_duration
 from comp.ship.manifest import LOCAL, MANIFEST, content_of, files_of, sha256_of
 from comp.ship.notebook import dataset_metadata, kernel_metadata, notebook, slug_of
 from comp.ship.safety import scrubbed, unsafe
-from comp.ship.wheels import ABSENT, KAGGLE, build_comp, closure, normalised, repack
+from comp.ship.wheels import ABSENT, KAGGLE, PACKAGE, build_comp, closure, normalised, repack
 from comp.training.oof import COLUMN
 
 __all__ = ["Order", "cv_of", "make_bundle"]
@@ -75,6 +74,8 @@ class _Staged:
     blend: Blend | None
     names: dict[Path, str] = field(default_factory=dict)
     """Run folder -> its name inside the bundle."""
+    version: str = ""
+    """Of comp."""
     kept_whole: int = 0
     """Tensors that do not fit float16."""
 
@@ -232,9 +233,9 @@ def _copy(source: Path, to: Path) -> None:
 def _put_code(staged: _Staged, say: Callable[[str], None]) -> list[str]:
     """Write the source and the wheels; return what the notebook installs."""
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(Path(comp.__file__).parent, staged.folder / "comp", ignore=skipped)
+    shutil.copytree(PACKAGE, staged.folder / "comp", ignore=skipped)
     wheels = staged.folder / "wheels"
-    build_comp(wheels)
+    staged.version = build_comp(wheels).name.split("-")[1]
     features = {
         name
         for run in staged.runs
@@ -249,7 +250,7 @@ def _put_code(staged: _Staged, say: Callable[[str], None]) -> list[str]:
         repack(name, wheels)
     if _estimators(staged.runs) & {"lightgbm"}:
         say("note: a run needs lightgbm, which is compiled and not in the bundle; Kaggle's image must have it")
-    return [f"comp=={comp.__version__}", *(LOOSE.get(name, name) for name in extra)]
+    return [f"comp=={staged.version}", *(LOOSE.get(name, name) for name in extra)]
 
 
 def _estimators(runs: Sequence[LoadedRun]) -> set[str]:
@@ -311,8 +312,8 @@ def _manifest(
         say("note: the config names no test table; the notebook looks for test.csv")
     return {
         "bundle": order.out.name,
-        "comp": comp.__version__,
-        "commit": commit(Path(comp.__file__).parent),
+        "comp": staged.version,
+        "commit": commit(PACKAGE),
         "created": now(),
         "owner": order.owner,
         "competition": order.competition,

@@ -17,14 +17,14 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
-import comp
-
-__all__ = ["ABSENT", "KAGGLE", "build_comp", "closure", "repack"]
+__all__ = ["ABSENT", "KAGGLE", "PACKAGE", "build_comp", "closure", "repack"]
 
 ABSENT = ("iterative-stratification", "madgrad", "torch-optimizer", "pytorch-ranger")
 """What Kaggle's image lacks and a notebook may want, for training; inference needs none of it."""
 KAGGLE = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "safetensors", "PyYAML", "pydantic")
 """What comp's inference takes from Kaggle's image."""
+PACKAGE = Path(__file__).resolve().parents[1]
+"""The folder of comp itself."""
 FIXED_TIME = (2020, 1, 1, 0, 0, 0)  # the same files give the same wheel
 
 
@@ -66,13 +66,13 @@ def build_comp(folder: Path) -> Path:
 
     Raises ValueError when setuptools is missing or fails.
     """
-    tree = Path(comp.__file__).resolve().parents[1]
+    tree = PACKAGE.parent
     if not (tree / "pyproject.toml").exists():
         return repack("comp", folder)
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name) / "comp"  # a build leaves its folders in the tree
         skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(tree / "comp", copy / "comp", ignore=skipped)
+        shutil.copytree(PACKAGE, copy / "comp", ignore=skipped)
         for file in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copyfile(tree / file, copy / file)
         code = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
