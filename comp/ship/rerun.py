@@ -91,7 +91,8 @@ def rerun(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said again, once, by infer
         runtime = open_runtime(fallback=manifest["fallback"])
-    say(f"bundle '{manifest['bundle']}' of {manifest['created']}, {scored}, {runtime.describe()}")
+    device = runtime.describe().rsplit(", ", 1)[0]  # each run says its own precision
+    say(f"bundle '{manifest['bundle']}' of {manifest['created']}, {scored}, {device}")
     names = manifest["tables"]
     test = find_table(where, manifest["competition"], names["test"], without=folder)
     assert test is not None
