@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format readme bench clean
+.PHONY: help demo test test-slow test-oldest lint format readme bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	       "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,track,optimizers,features,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,track,optimizers,features,kaggle,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## write a small competition, train on it, score the submission (a few minutes)
@@ -29,6 +29,23 @@ test: $(STAMP)  ## quick tests
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
+
+# The newest writes a bundle, the oldest reads it: tests/handover.py makes it, tests/test_handover.py compares. This
+# torch warns of what transformers 5.0.0 does at the import of DeBERTa and ModernBERT.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check torch==2.13.0
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check -c constraints-oldest.txt -e . pytest hypothesis 'setuptools>=77'
+	@touch $@
+
+test-oldest: $(STAMP) $(OLDEST)/.installed  ## inference with the oldest supported versions, on a bundle of the newest
+	rm -rf $(OLDEST)/handover
+	OMP_NUM_THREADS=1 $(BIN)/python tests/handover.py $(OLDEST)/handover
+	COMP_HANDOVER=$(CURDIR)/$(OLDEST)/handover OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m "not slow" \
+	  -W 'ignore:`torch.jit.script:DeprecationWarning' \
+	  tests/test_handover.py tests/test_infer.py tests/test_submission.py tests/test_tables.py tests/test_tokens.py \
+	  tests/test_batches.py tests/test_bundle.py tests/test_classical.py
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -48,5 +65,5 @@ bench: $(STAMP)  ## speed of training and of inference, and inference's memory (
 	$(BIN)/python benchmarks/infer_memory.py
 
 clean:  ## remove .venv and the tools' caches; runs/, folds/ and submissions/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

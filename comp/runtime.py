@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = [
 
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+FALLBACKS = ("stop", "cpu")
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,17 @@ def visible_devices() -> list[str]:
     return ["mps" if torch.backends.mps.is_available() else "cpu"]
 
 
-def open_runtime(precision: str = "auto", device: str | None = None) -> Runtime:
+def open_runtime(precision: str = "auto", device: str | None = None, *, fallback: str = "stop") -> Runtime:
     """Choose the device (CUDA, MPS, CPU) and resolve `precision` auto | bf16 | fp16 | fp32 for it.
 
-    Raises ValueError for a GPU that this torch build has no kernels for, or a precision the device cannot do.
+    `fallback`: what becomes of a GPU that this torch build has no kernels for (a P100 on Kaggle): stop raises
+    ValueError, cpu takes the CPU with a warning, and fp16 is then auto. Raises ValueError for a precision the device
+    cannot do.
     """
     import torch
+
+    if fallback not in FALLBACKS:
+        raise ValueError(f"fallback '{fallback}': allowed are {' and '.join(FALLBACKS)}")
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -140,6 +147,9 @@ def open_runtime(precision: str = "auto", device: str | None = None) -> Runtime:
     place = torch.device(device)
     if place.type == "cuda":
         fault = kernel_fault(torch.cuda.get_arch_list(), torch.cuda.get_device_capability(place))
+        if fault and fallback == "cpu":
+            warnings.warn(f"{torch.cuda.get_device_name(place)}: {fault}. The CPU is used instead", stacklevel=2)
+            return open_runtime("auto" if precision == "fp16" else precision, "cpu")
         if fault:
             raise ValueError(f"{torch.cuda.get_device_name(place)}: {fault}")
         native_bf16 = torch.cuda.get_device_capability(place)[0] >= 8

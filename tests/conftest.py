@@ -116,7 +116,15 @@ _MODELS: dict[str, TinyModel] = {
         pair="$A:0 <sep>:0 $B:1 <sep>:1 <cls>:2",
         padding_side="left",
         # positions are relative: any length goes
-        overrides=(("d_inner", 64), ("d_head", 8), ("max_position_embeddings", None)),
+        overrides=(
+            *((key, None) for key in SIZES),
+            # its own names: transformers 5.0 checks d_head before it knows the common ones
+            ("d_model", 32),
+            ("n_layer", 3),
+            ("n_head", 4),
+            ("d_inner", 64),
+            ("d_head", 8),
+        ),
     ),
     "modernbert": TinyModel(
         "modernbert",

@@ -271,8 +271,18 @@ def test_a_test_row_without_text_only_warns() -> None:
     with pytest.warns(UserWarning, match=r"test.csv: column 'text' has no text .* in 1 row \(id 'b'\).*empty text"):
         table = table_of(frame(text=["one", "", "three"]), competition(), source="test.csv")
     assert table.texts == (["one", "", "three"],)
-    with pytest.raises(ValueError, match="in any row; name another column"):
+    with pytest.warns(UserWarning, match="in any row: all are predicted from an empty text; is it the right column?"):
         table_of(frame(text=["", "", ""]), competition())
+    with pytest.raises(ValueError, match="in any row; name another column"):
+        table_of(frame(text=["", "", ""]), competition(), [REGRESSION])
+
+
+def test_a_test_table_without_rows_is_read_where_it_is_allowed(tmp_path: Path) -> None:
+    assert len(table_of(frame().iloc[:0], competition())) == 0
+    (tmp_path / "test.csv").write_text("id,text\n")
+    assert len(read_test(tmp_path / "test.csv", competition(), empty=True)) == 0
+    with pytest.raises(ValueError, match="the table has no rows"):
+        read_test(tmp_path / "test.csv", competition())
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,9 @@ def predict_classical(
     """Return (N, K) predictions of one fold for another table. `cached`: keep its tokens and embeddings on disk."""
     about, own = read_json(folder.classical, "features", "estimator"), folder.fold(fold)
     fitted = read_json(own.path / "fitted.json", "options", "states")
-    source = Source(table, config, runtime, fold, str(folder.backbone), CACHE if cached else None)
+    # A run whose vectors it reads stands beside it, in a bundle too.
+    cache = CACHE if cached else None
+    source = Source(table, config, runtime, fold, str(folder.backbone), cache, folder.path.parent)
     matrix, _ = transform(source, parse_features(about["features"]), states=fitted["states"])
     seen, targets = sparse.load_npz(own.path / "seen.npz"), np.load(own.path / "targets.npy", allow_pickle=False)
     classes = read_json(folder.manifest)["classes"]

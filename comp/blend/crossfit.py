@@ -7,7 +7,7 @@ is fitted (weights, thresholds, calibration) is fitted again for each fold on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,21 @@ from comp.blend.ensemble import BLENDERS, Floats, Parameters, Problem, apply_ble
 from comp.blend.members import Members
 from comp.catalog import pick
 from comp.metrics import METRICS
-from comp.runs import commit, now, read_json, write_atomic, write_json
+from comp.runs import commit, now, read_json, write_atomic, write_json, write_stream
 
-__all__ = ["Blend", "Recipe", "Report", "cross_fit", "examine", "read_blend", "write_blend"]
+__all__ = [
+    "Blend",
+    "Recipe",
+    "Report",
+    "cross_fit",
+    "examine",
+    "read_blend",
+    "write_blend",
+    "write_blend_for_inference",
+]
+
+ROWS = "rows.npz"
+"""The rows of a blend in a bundle."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +258,30 @@ def write_blend(
     return folder / "blend.json"
 
 
+def _rows(folder: Path, num_runs: int, num_outputs: int) -> tuple[Floats, Floats]:
+    """Return preds (R, N, K) and targets (N, K) of the rows a blend was fitted to.
+
+    In a bundle they are NumPy arrays: pyarrow may be missing there.
+    """
+    arrays = folder / ROWS
+    if arrays.exists():
+        with np.load(arrays, allow_pickle=False) as found:
+            return found["preds"], found["targets"]
+    frame = pd.read_parquet(folder / "rows.parquet")
+    names = [name for name in frame.columns if name.startswith("target_")]
+    preds = [frame[[f"run{run}_{place}" for place in range(num_outputs)]].to_numpy(float) for run in range(num_runs)]
+    return np.stack(preds), frame[names].to_numpy(float)
+
+
+def write_blend_for_inference(blend: Blend, folder: Path, runs: Sequence[str]) -> None:
+    """Write a blend whose runs stand at other paths, with all that `read_blend` needs and no more."""
+    about = read_json(blend.path)
+    about["runs"] = [{**own, "run": run} for own, run in zip(about["runs"], runs, strict=True)]
+    write_json(folder / "blend.json", about)
+    problem = blend.problem
+    write_stream(folder / ROWS, lambda file: np.savez(file, preds=problem.preds, targets=problem.targets))
+
+
 def read_blend(path: str | Path) -> Blend:
     """Read a blend by its folder or its blend.json. Raises ValueError when it is none."""
     file = Path(path) / "blend.json" if Path(path).is_dir() else Path(path)
@@ -253,11 +289,9 @@ def read_blend(path: str | Path) -> Blend:
         raise ValueError(f"{path} is no blend: blend.json is missing; make one with `comp blend`")
     about = read_json(file)
     try:
-        frame = pd.read_parquet(file.with_name("rows.parquet"))
-        runs, outputs = about["runs"], range(len(about["outputs"]))
-        targets = [name for name in frame.columns if name.startswith("target_")]
-        preds = [frame[[f"run{run}_{place}" for place in outputs]].to_numpy(float) for run in range(len(runs))]
-        problem = Problem(np.stack(preds), frame[targets].to_numpy(float), about["kind"], about["metric"])
+        runs = about["runs"]
+        preds, targets = _rows(file.parent, len(runs), len(about["outputs"]))
+        problem = Problem(preds, targets, about["kind"], about["metric"])
         recipe = Recipe(about["method"], about["options"], about["calibration"])
         marks = [run["fingerprints"] for run in runs]
         names = [run["run"] for run in runs]

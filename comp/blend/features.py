@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-from comp.blend.members import read_member
+from comp import config_file
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.folds import Folding
@@ -27,7 +27,7 @@ from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
 from comp.model.backbone import check_tokenizer, load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
-from comp.runs import RunFolder, digest, kept, write_atomic
+from comp.runs import RUNS, RunFolder, digest, kept, read_json, write_atomic
 from comp.runtime import Runtime, open_runtime, release_memory
 from comp.training.checkpoint import load_weights
 from comp.training.crossval import open_tables, parse_folds, rows_of
@@ -40,6 +40,7 @@ __all__ = [
     "check_runs",
     "keep_backbone",
     "parse_features",
+    "run_path",
     "transform",
     "write_features",
 ]
@@ -61,6 +62,8 @@ class Source:
     backbone: str
     """Folder or name that the tokenizer and the pretrained model are read from."""
     cache: Path | None = CACHE
+    runs: Path = RUNS
+    """Folder of the runs that run:NAME names."""
     files: list[Path] = field(default_factory=list)
     """Where features were kept, or found."""
 
@@ -131,14 +134,13 @@ def keep_backbone(config: Config, folder: Path) -> None:
 
 def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
     """The vectors a run's own fold model gives its head: `run:NAME`."""
-    check_runs([("run", argument)], [source.fold])
-    folder = RunFolder(_run_path(argument))
-    member = read_member(folder.path)
-    own, config = folder.fold(source.fold), member.config
+    check_runs([("run", argument)], [source.fold], source.runs)
+    folder = RunFolder(run_path(source.runs, argument))
+    own, config, manifest = folder.fold(source.fold), config_file.load(folder.config), read_json(folder.manifest)
 
     def compute() -> Floats:
         tokenizer = load_tokenizer(str(folder.backbone))
-        check_tokenizer(tokenizer, folder.backbone, member.manifest.get("tokenizer"))
+        check_tokenizer(tokenizer, folder.backbone, manifest.get("tokenizer"))
         model = build_model(
             folder.backbone, tokenizer, pretrained=False, pooler=config.model.pooler.model_dump(), heads={},
             max_length=config.model.max_length, num_fields=len(config.competition.text_columns), part=config.model.part,
@@ -147,13 +149,14 @@ def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | 
         load_weights(own.best if source.fold != "full" else own.last, model, without="heads.")
         return _embed(replace(source, config=config), model.to(source.runtime.device), tokenizer)
 
-    marks = [str(folder.path.resolve()), str(source.fold), str(member.manifest["fingerprints"]), own.done.read_text()]
+    marks = [str(folder.path.resolve()), str(source.fold), str(manifest["fingerprints"]), own.done.read_text()]
     return _standardised(_cached(source, marks, compute), training, state)
 
 
-def _run_path(argument: str) -> Path:
+def run_path(runs: Path, argument: str) -> Path:
+    """Return the folder of the run that run:NAME names: in `runs`, or a path of its own."""
     path = Path(argument)
-    return path if path.exists() else Path("runs") / argument
+    return path if path.exists() and not (runs / argument).exists() else runs / argument
 
 
 def _embed(source: Source, model: Any, tokenizer: Any) -> Floats:
@@ -244,10 +247,12 @@ def parse_features(names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def check_runs(features: Sequence[tuple[str, str]], folds: Sequence[int | str]) -> None:
+def check_runs(features: Sequence[tuple[str, str]], folds: Sequence[int | str], runs: Path = RUNS) -> None:
     """Raise ValueError when a run that features come from is none, or has not finished one of the folds."""
     for argument in [argument for name, argument in features if name == "run"]:
-        folder = read_member(_run_path(argument)).folder
+        folder = RunFolder(run_path(runs, argument))
+        if not folder.config.exists() or not folder.manifest.exists():
+            raise ValueError(f"{folder.path} is no run folder: config.yaml or manifest.json is missing; see `comp oof`")
         for fold in folds:
             if not folder.fold(fold).done.exists():
                 raise ValueError(
@@ -274,7 +279,8 @@ def check_folds_of_runs(features: Sequence[tuple[str, str]], folding: Folding | 
     """Raise ValueError when a run among the features has other folds: its models saw rows that are held out here."""
     for name, argument in features:
         if name == "run" and folding is not None:
-            mark = read_member(_run_path(argument)).mark("folds")
+            manifest = read_json(RunFolder(run_path(RUNS, argument)).manifest, "fingerprints")
+            mark = manifest["fingerprints"].get("folds", "none")
             if mark != folding.fingerprint:
                 raise ValueError(
                     f"features 'run:{argument}' were trained on different folds ({mark}) than these "

@@ -95,8 +95,10 @@ def named_twice(names: Iterable[object]) -> list[str]:
 # --- files -------------------------------------------------------------------------------------------------
 
 
-def read_frame(path: Path | str, id_column: str | None = None) -> pd.DataFrame:
+def read_frame(path: Path | str, id_column: str | None = None, *, empty: bool = False) -> pd.DataFrame:
     """Read a CSV (all cells text) or parquet file (native types); with `id_column`, it is sure to have that.
+
+    `empty`: a table without rows is allowed.
 
     Raises ValueError: no such file, neither .csv nor .parquet, not UTF-8, ragged or unparsable, no rows, a column
     name twice, no `id_column`.
@@ -107,7 +109,7 @@ def read_frame(path: Path | str, id_column: str | None = None) -> pd.DataFrame:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path}: not a {' or '.join(SUFFIXES)} file; unpack or convert it first")
     frame = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
-    if not len(frame):
+    if not len(frame) and not empty:
         raise ValueError(f"{path}: the table has no rows, only columns {listed([*frame.columns], 20)}")
     if id_column is not None:
         frame = index_as_column(frame, id_column)

@@ -217,9 +217,12 @@ def read_train(
     return table_of(frame, competition, tasks, classes=classes, source=competition.train)
 
 
-def read_test(path: Path | str, competition: Competition) -> Table:
-    """Read a table without targets; target and weight columns that stand in it are not looked at."""
-    return table_of(read_frame(path), competition, source=str(path))
+def read_test(path: Path | str, competition: Competition, *, empty: bool = False) -> Table:
+    """Read a table without targets; target and weight columns that stand in it are not looked at.
+
+    `empty`: one without rows is allowed, as in the rerun of a notebook.
+    """
+    return table_of(read_frame(path, empty=empty), competition, source=str(path))
 
 
 def read_competition(competition: Competition, tasks: Sequence[Task]) -> tuple[Table, Table | None]:
@@ -249,14 +252,14 @@ def table_of(
 ) -> Table:
     """Check a frame (one row per text, any index) and return it as a Table.
 
-    tasks: heads whose targets are read; none = a test table, where weights are not read and a row without text is
-    a warning instead of an error, because nobody can repair Kaggle's hidden test file.
+    tasks: heads whose targets are read; none = a test table, where weights are not read, there may be no row, and a
+    row without text is a warning instead of an error, because nobody can repair Kaggle's hidden test file.
     classes: task name -> labels of the training table; None = take them from this frame.
     Raises ValueError that lists every fault of the frame.
     """
     frame = index_as_column(frame, competition.id)
     raise_faults(source, _column_faults(frame, competition, tasks))
-    if not len(frame):
+    if not len(frame) and tasks:
         raise ValueError(f"{source}: the table has no rows")
     ids, faults = _ids(frame, competition.id)
     names = None if faults else ids  # ids that are missing or doubled cannot name a row
@@ -328,10 +331,14 @@ def _texts(
             faults.append(f"text column '{name}' holds {kind} values ({strange}, ...); make them strings")
     empty = np.all([blank(cells) for cells in texts], axis=0)
     what = f"column {listed(names, 5)} has no text (empty or missing)"
-    if empty.all():
+    if empty.all() and train:
         faults.append(f"{what} in any row; name another column in competition.text")
     elif train:
         faults += row_fault(what, empty, ids, "fill it in or drop the row")
+    elif len(empty) > 1 and empty.all():
+        warnings.warn(
+            f"{source}: {what} in any row: all are predicted from an empty text; is it the right column?", stacklevel=3
+        )
     else:
         for warning in row_fault(what, empty, ids, "such rows are predicted from an empty text"):
             warnings.warn(f"{source}: {warning}", stacklevel=3)

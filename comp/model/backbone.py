@@ -252,6 +252,11 @@ def _quiet_hub(source: str, what: str = "config or weights") -> Any:
         if Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
             raise  # it is ours, and says what is wrong
         reason = (str(fault).strip() or type(fault).__name__).split("\n")[0]
+        if "trust_remote_code" in str(fault):
+            raise ValueError(
+                f"model.backbone '{source}' needs code that comes with the checkpoint, which comp never runs; take a "
+                "model whose architecture is part of transformers"
+            ) from None
         if isinstance(fault, OSError):
             advice = (
                 "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
@@ -388,9 +393,9 @@ def rebuild_backbone(
     from transformers import AutoModel
 
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
-        return AutoModel.from_config(config, dtype=torch.float32, **options), set()
+        return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **options), set()
 
-    with _quiet_hub(str(folder)):
+    with _quiet_hub(str(folder), "config"):
         return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
 
 

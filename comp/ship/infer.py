@@ -6,6 +6,7 @@ Needs torch, transformers, numpy, pandas, scikit-learn, safetensors, PyYAML and 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ def infer(
     runs: Sequence[str | Path] = (),
     *,
     test: str | None = None,
+    sample: str | None = None,
     out: str | None = None,
     folds: Sequence[Fold] | None = None,
     weights: str = "best",
@@ -50,6 +52,7 @@ def infer(
     precision: str | None = None,
     devices: Sequence[str] | None = None,
     batch_tokens: int | None = None,
+    fallback: str = "stop",
     time_budget: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -57,8 +60,9 @@ def infer(
 
     Without `runs`: the newest finished one. Every run counts the same, whatever its number of folds, and every model of
     a run, a full-data one too; or a `blend` says which runs and weights, and how they go together. The predictions are
-    of the first task; runs must agree on its targets, kind and classes. `folds`, `weights`, `precision`, `devices` and
-    `batch_tokens` are those of `load`.
+    of the first task; runs must agree on its targets, kind and classes. `sample`: sample submission; None = the
+    config's, where the test table is the config's too. A test table without rows gives the header alone. `folds`,
+    `weights`, `precision`, `devices`, `batch_tokens` and `fallback` are those of `load`.
 
     Texts are tokenized once per tokenizer. What a model has predicted is kept, so that a killed call goes on where it
     was. `time_budget` ("8h"): models that will not fit are left out, lightest run first (see jobs.py), and the file is
@@ -71,24 +75,18 @@ def infer(
         runs = [newest_finished()]
         say(f"newest finished run: {runs[0]}")
     how: dict[str, Any] = {"precision": precision, "devices": devices, "batch_tokens": batch_tokens}
-    loaded = [load(run, folds=folds, weights=weights, **how) for run in runs]
+    loaded = [load(run, folds=folds, weights=weights, fallback=fallback, **how) for run in runs]
+    must_fit(loaded, blend)
     first = loaded[0]
-    for other in loaded[1:]:
-        if (other.task.kind, other.output_names) != (first.task.kind, first.output_names):
-            raise ValueError(
-                f"{first.folder.path} predicts {first.task.kind} {first.output_names}, but {other.folder.path} "
-                f"predicts {other.task.kind} {other.output_names}; runs in one submission must predict the same"
-            )
-    if blend is not None:
-        _must_be_as_blended(loaded, blend)
     competition = first.config.competition
     test_file = test or competition.test
     if test_file is None:
         raise ValueError(f"{first.folder.path} names no competition.test; give the table with --test FILE")
     # The sample must fit the table that is predicted: --test of another table goes without it.
-    sample_file = competition.sample_submission if test is None or test == competition.test else None
-    sample = read_submission(Path(sample_file), competition.id) if sample_file else None
-    tables = [read_test(test_file, run.config.competition) for run in loaded]
+    own_sample = competition.sample_submission if test is None or test == competition.test else None
+    sample_file = sample or own_sample
+    layout = read_submission(Path(sample_file), competition.id, empty=True) if sample_file else None
+    tables = [read_test(test_file, run.config.competition, empty=True) for run in loaded]
     ids = list(tables[0].ids)
     for run, table in zip(loaded, tables, strict=True):
         if list(table.ids) != ids:
@@ -102,20 +100,25 @@ def infer(
     }
     path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
     check_path(path)
-    if sample is not None:  # what does not fit it is said now, not after the last model
-        build_submission(sample, ids, np.zeros((len(ids), len(first.output_names))), **about)
+    if layout is not None:  # what does not fit it is said now, not after the last model
+        build_submission(layout, ids, np.zeros((len(ids), len(first.output_names))), **about)
 
     def write(found: Found) -> pd.DataFrame:
-        values = _together(found, len(loaded), blend)
-        frame = build_submission(sample, ids, values, **about) if sample is not None else build_without_sample(
+        values = _together(found, len(loaded), blend) if ids else np.zeros((0, len(first.output_names)))
+        frame = build_submission(layout, ids, values, **about) if layout is not None else build_without_sample(
             ids, values, **about
         )  # fmt: skip
-        validate_submission(frame, sample, **about)
+        validate_submission(frame, layout, **about)
         used = [{**_about(run), "models": len(found.get(number, []))} for number, run in enumerate(loaded)]
         sidecar: dict[str, Any] = {"test": str(test_file), "weights": weights, "runs": used}
         write_submission(path, frame, sidecar if blend is None else {**sidecar, "blend": read_json(blend.path)})
         return frame
 
+    if not ids:
+        warnings.warn(f"{test_file}: the table has no rows, so the submission is its header alone", stacklevel=2)
+        write({})
+        say(f"wrote {path}: 0 rows; valid")
+        return path
     shares = [1.0] * len(loaded) if blend is None else blend.shares
     found, jobs = _predict_all(loaded, tables, shares, seconds, write if seconds is not None else None)
     for job in jobs.dropped:
@@ -214,8 +217,17 @@ def _together(
     return (blend if len(runs) == num_runs else blend.among(runs)).apply(preds)
 
 
-def _must_be_as_blended(runs: Sequence[LoadedRun], blend: Blend) -> None:
-    """Raise ValueError when a run was trained anew since the blend was fitted: its weights are of other models."""
+def must_fit(runs: Sequence[LoadedRun], blend: Blend | None) -> None:
+    """Raise ValueError unless runs predict the same, and are as they were when a blend was fitted to them."""
+    first = runs[0]
+    for other in runs[1:]:
+        if (other.task.kind, other.output_names) != (first.task.kind, first.output_names):
+            raise ValueError(
+                f"{first.folder.path} predicts {first.task.kind} {first.output_names}, but {other.folder.path} "
+                f"predicts {other.task.kind} {other.output_names}; runs in one submission must predict the same"
+            )
+    if blend is None:
+        return
     for run, marks in zip(runs, blend.fingerprints, strict=True):
         now = read_json(run.folder.manifest)["fingerprints"]
         changed = [part for part, mark in marks.items() if now.get(part) != mark]

@@ -5,7 +5,7 @@ Needs torch, transformers, numpy, pandas, scikit-learn, safetensors, PyYAML and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ from comp import config_file
 from comp.blend.classical import predict_classical
 from comp.config import Config, Task
 from comp.data.batches import sorted_batches
+from comp.data.frames import listed
 from comp.data.tables import Table, table_of
 from comp.data.tokens import CACHE, Encoded, Memory, encode
 from comp.model.backbone import check_tokenizer, load_tokenizer
@@ -27,11 +28,12 @@ from comp.model.text_model import TextModel, build_model
 from comp.progress import open_progress
 from comp.runs import RunFolder, read_json
 from comp.runtime import Runtime, check_devices, open_runtime, visible_devices
+from comp.ship.manifest import MANIFEST
 from comp.ship.workers import Alone, Crew, open_crew
 from comp.training.checkpoint import load_weights
 from comp.training.predict import batch_tokens_of, predict
 
-__all__ = ["LoadedRun", "crew_of", "load"]
+__all__ = ["LoadedRun", "crew_of", "load", "renamed"]
 
 Fold: TypeAlias = int | str
 Floats: TypeAlias = NDArray[np.float64]
@@ -78,15 +80,19 @@ class LoadedRun:
             return self.runtime.describe()
         return f"{len(self.runtimes)} workers on {'; '.join(runtime.kind for runtime in self.runtimes)}"
 
-    def predict(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def predict(self, frame: pd.DataFrame, *, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
         """Predict a frame that has the competition's id and text columns.
 
-        Returns the id column (as text) and one column per output, in the rows' order: values for regression and
-        ordinal, probabilities for the other kinds; the mean over the run's fold models. Raises ValueError for missing
-        columns, empty or duplicate ids.
+        `columns`: name in the frame -> name in the config, where they differ: {"full_text": "text"}. Returns the id
+        column (as text) and one column per output, in the rows' order: values for regression and ordinal, probabilities
+        for the other kinds; the mean over the run's fold models. Raises ValueError for missing columns, empty or
+        duplicate ids.
         """
-        table = table_of(frame, self.config.competition, source="frame")
-        values = self.predict_table(table, cache=None)
+        table = table_of(renamed(frame, columns or {}), self.config.competition, source="frame")
+        return self.as_frame(table, self.predict_table(table, cache=None))
+
+    def as_frame(self, table: Table, values: Floats) -> pd.DataFrame:
+        """Return the ids of a table and one column per output of (N, K) predictions."""
         columns = {name: values[:, place] for place, name in enumerate(self.output_names)}
         return pd.DataFrame({self.config.competition.id: table.ids, **columns})
 
@@ -95,6 +101,8 @@ class LoadedRun:
 
         The text is tokenized once; one model at a time is in the memory of each device.
         """
+        if not len(table):
+            return np.zeros((0, len(self.output_names)))
         content = self.read(table, cache=cache)
         crew = crew_of(self, len(table) * len(self.folds))
         progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")
@@ -232,6 +240,22 @@ def crew_of(run: LoadedRun, num_texts: int) -> Alone | Crew:
     return open_crew(devices if num_texts >= run.few else devices[:1])
 
 
+def renamed(frame: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Rename columns, the index too. Raises ValueError when one is not there, or its new name is taken."""
+    if frame.index.name in columns:
+        frame = frame.reset_index()
+    absent = [name for name in columns if name not in frame.columns]
+    taken = [new for new in columns.values() if new in frame.columns and new not in columns]
+    if absent or taken or len(set(columns.values())) < len(columns):
+        reasons = [f"the frame has no {listed(absent)}; "] * bool(absent)
+        reasons += [f"{listed(taken)} is there already; "] * bool(taken)
+        raise ValueError(
+            f"columns {dict(columns)}: {''.join(reasons)}give name in the frame -> name in the config, each once; the "
+            f"frame's columns are {listed(frame.columns, 20)}"
+        )
+    return frame.rename(columns=dict(columns))
+
+
 def load(
     path: str | Path,
     *,
@@ -240,6 +264,7 @@ def load(
     precision: str | None = None,
     devices: Sequence[str] | None = None,
     batch_tokens: int | None = None,
+    fallback: str = "stop",
 ) -> LoadedRun:
     """Open a finished run for prediction: `load("runs/large").predict(frame)`.
 
@@ -247,14 +272,16 @@ def load(
     finished fold); None = all, or the full-data model when there is no fold. `weights`: best (by validation), last, or
     averaged. `precision`: None = as in training. `devices`: like ["cuda:0", "cuda:1"], a worker process for each when
     there are several; None = every visible GPU, the first alone for few texts. `batch_tokens`: most padded tokens of a
-    batch; None = 8192 on a GPU, 2048 on a CPU. Raises ValueError when the folder is no run, a fold is not finished or
-    a device is not there.
+    batch; None = 8192 on a GPU, 2048 on a CPU. `fallback`: stop or cpu, see `open_runtime`. Raises ValueError when the
+    folder is no run, a fold is not finished or a device is not there.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens {batch_tokens}: at least 1 is needed")
     if devices is not None:
         check_devices(devices)
     folder = RunFolder(path)
+    if (folder.path / MANIFEST).exists():
+        raise ValueError(f"{path} is a bundle of runs: use comp.load_bundle('{path}'), or load one of its runs/")
     if not folder.config.exists() or not folder.manifest.exists():
         raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `ls runs/`")
     if weights not in ("best", "last", "averaged"):
@@ -273,10 +300,12 @@ def load(
             f"{', '.join(map(str, finished))}"
         )
     wanted = precision or config.training.precision
-    runtimes = tuple(open_runtime(wanted, device) for device in devices or visible_devices())
+    runtimes = [open_runtime(wanted, device, fallback=fallback) for device in devices or visible_devices()]
+    if devices is None:  # of GPUs without kernels one CPU is left
+        runtimes = [one for one in runtimes if one.device.type != "cpu"] or runtimes[:1]
     if folder.classical.exists() and weights == "averaged":
         raise ValueError(f"{path} is a classical run and has no averaged weights; use --weights best")
     loaded = LoadedClassical if folder.classical.exists() else LoadedRun
     classes = read_json(folder.manifest, "classes", "fingerprints", "commit")["classes"]
     few = FEW if devices is None else 0
-    return loaded(folder, config, classes, chosen, weights, runtimes, batch_tokens, few)
+    return loaded(folder, config, classes, chosen, weights, tuple(runtimes), batch_tokens, few)

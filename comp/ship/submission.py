@@ -284,17 +284,18 @@ def _write_bytes(path: Path, raw: bytes) -> None:
     path.write_bytes(raw)
 
 
-def read_submission(path: Path, id_column: str | None = None) -> pd.DataFrame:
+def read_submission(path: Path, id_column: str | None = None, *, empty: bool = False) -> pd.DataFrame:
     """Read a submission, a sample or a solution, every cell as text; `id_column` None = the first column.
 
-    Raises ValueError when the file or the id column is missing, or an id is empty or there twice.
+    `empty`: one without rows is allowed. Raises ValueError when the file or the id column is missing, or an id is empty
+    or there twice.
     """
-    frame = read_frame(path, id_column)
+    frame = read_frame(path, id_column, empty=empty)
     frame = pd.DataFrame({str(name): cell_strings(frame[name]) for name in frame.columns}, dtype=object)
     name = id_column if id_column is not None else str(frame.columns[0])
     ids = list(frame[name])
-    if empty := sum(not entry.strip() for entry in ids):
-        raise ValueError(f"{path}: {empty} rows have an empty '{name}'")
+    if nameless := sum(not entry.strip() for entry in ids):
+        raise ValueError(f"{path}: {nameless} rows have an empty '{name}'")
     _check_unique(ids, str(path))
     return frame
 
