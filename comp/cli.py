@@ -168,10 +168,11 @@ def pseudo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set of this name.")] = False,
 ) -> None:
     """Label a table by finished runs, for each fold by its own models alone: pseudo/<name>."""
+    from comp.runs import check_name
     from comp.ship.teachers import make_labels
 
-    if name is not None and (Path(name).name != name or name.startswith(".")):
-        raise ValueError(f"--name '{name}': a set is named like a folder inside pseudo/, without slashes")
+    if name is not None:
+        check_name(name, "--name", "pseudo")
     make_labels(run, data, name=name, weights=weights, overwrite=overwrite)
 
 

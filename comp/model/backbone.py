@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +19,7 @@ from torch import nn
 
 from comp.doctor import hub_answers
 from comp.runs import digest
+from comp.runtime import is_ours
 
 __all__ = [
     "Backbone",
@@ -248,9 +248,8 @@ def _quiet_hub(source: str, what: str = "config or weights") -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as fault:  # whatever a damaged file brings the libraries to
-        frames = traceback.extract_tb(fault.__traceback__)
-        if Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
-            raise  # it is ours, and says what is wrong
+        if is_ours(fault):
+            raise  # and says what is wrong
         reason = (str(fault).strip() or type(fault).__name__).split("\n")[0]
         if "trust_remote_code" in str(fault):
             raise ValueError(
