@@ -240,6 +240,40 @@ def init(
     print(f"wrote {path}; next: comp folds --config {path}")
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder, finished or not.")],
+    text: Annotated[bool, typer.Option("--text", help="Print it for a terminal or a notebook; write nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: report.html in the run folder.")] = None,
+) -> None:
+    """Write one page on a run: scores, curves, errors, worst rows, config; its pictures as PNG files, too."""
+    from comp.ship.report import report_text, write_report
+
+    if text:
+        if out is not None:
+            raise ValueError("--text prints the report and writes no page; leave out --out, or --text")
+        print(report_text(run), end="")
+        return
+    path = write_report(run, out)
+    print(f"wrote {path}; pictures in {path.with_suffix('')}/")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders; the others are compared with the first.")],
+    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
+    metric: Annotated[str | None, typer.Option(help="See `comp list metrics`; default: the runs' own.")] = None,
+    resamples: Annotated[int, typer.Option(help="Draws of the rows that the intervals are made of.")] = 1000,
+    html: Annotated[Path | None, typer.Option(help="Write it as a page, too.")] = None,
+) -> None:
+    """Runs side by side: scores, paired differences with intervals, and what differs in their configs."""
+    from comp.ship.compare import compare as show
+
+    print(show(runs, weights=weights, metric=metric, resamples=resamples, html=html), end="")
+    if html is not None:
+        print(f"wrote {html}")
+
+
 @app.command("list")
 def list_(
     what: Annotated[str | None, typer.Argument(help="poolers, losses, metrics, optimizers, schedules, ...")] = None,
