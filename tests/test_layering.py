@@ -98,6 +98,7 @@ LAYERS = {
     "ship/report_figures.py": 6,
     "ship/report_run.py": 6,
     "ship/report_tasks.py": 6,
+    "ship/report_errors.py": 6,
     "ship/report_panels.py": 6,
     "ship/report.py": 6,
     "ship/compare.py": 6,

@@ -127,18 +127,15 @@ def _page(members: Members, found: Differences) -> Page:
     problem, names = members.problem, _names(members)
     better = "higher" if METRICS[problem.metric].higher_is_better else "lower"
     about = f"{problem.metric} ({better} is better) of {members.weights} weights on {len(members.ids):,} rows"
-    return Page(
-        f"{', '.join(names[1:])} against {names[0]}",
-        about,
-        [
-            Panel("warnings", "Warnings", _warnings(members)),
-            Panel("differences", "Paired differences", _differences(members, found)),
-            Panel("folds", "By fold", _folds(members)),
-            Panel("runs", "Each run by itself", [_own_scores(members)]),
-            Panel("config", "What differs in the configs", _configs(members)),
-            Panel("made", "What else differs", _made(members)),
-        ],
-    )
+    panels = [
+        Panel("differences", "Paired differences", [*_warnings(members), *_differences(members, found)]),
+        Panel("folds", "By fold", _folds(members)),
+        Panel("runs", "Each run by itself", [_own_scores(members)]),
+        Panel("config", "What differs in the configs", _configs(members)),
+        Panel("made", "What else differs", _made(members)),
+    ]
+    title = f"compared with {names[0]}: {', '.join(names[1:])}"
+    return Page(title, about, [panel for panel in panels if panel.blocks])
 
 
 def _warnings(members: Members) -> list[Block]:
@@ -274,7 +271,9 @@ def _configs(members: Members) -> list[Block]:
 def _made(members: Members) -> list[Block]:
     def flat(member: Member) -> dict[str, Any]:
         about = member.manifest
-        named = {key: about.get(key) for key in ("created", "commit", "runtime", "features", "estimator", "options")}
+        named = {key: about.get(key) for key in ("created", "commit", "runtime")}
+        if member.folder.classical.exists():
+            named |= read_json(member.folder.classical)
         return {**named, **about["versions"], **{f"{k} fingerprint": v for k, v in about["fingerprints"].items()}}
 
     return _table(_names(members), [flat(member) for member in members.members], "made-table")

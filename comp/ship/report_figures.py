@@ -32,7 +32,7 @@ DASHES = ("solid", "dashed", "dotted", "dashdot")
 MOST_CELLS, MOST_NUMBERED = 40, 14  # classes of a confusion matrix: drawn at all, with counts
 SMALL, WIDE = (4.9, 3.5), (10.4, 3.6)  # inches; 96 CSS pixels each
 DPI = 160
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -85,7 +85,9 @@ def draw(picture: Picture) -> Drawn:
     import matplotlib
     from matplotlib.figure import Figure as EmptyFigure
 
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}), warnings.catch_warnings():
+    # The reader's own settings out of the way, but for the backend, which a notebook needs afterwards.
+    style: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"} | STYLE
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script the font has not
         figure = EmptyFigure(layout="constrained")
         pick(PICTURES, picture.kind, "picture")(figure, **picture.data)

@@ -6,13 +6,28 @@ Texts, names and labels come from users' files: everything is escaped, and contr
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any, TypeAlias
 
-__all__ = ["Block", "Grid", "Lines", "Long", "Note", "Page", "Panel", "Picture", "Tiles", "render_html", "render_text"]
+__all__ = [
+    "Block",
+    "Cell",
+    "Grid",
+    "Lines",
+    "Long",
+    "Note",
+    "Page",
+    "Panel",
+    "Picture",
+    "Tiles",
+    "number",
+    "render_html",
+    "render_text",
+]
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN, MOST = 320, 6000  # characters of a long text that stand open, and at all
@@ -99,7 +114,7 @@ class Panel:
 class Page:
     title: str
     about: str
-    panels: Sequence[Panel] = field(default_factory=list)
+    panels: Sequence[Panel]
 
     @property
     def pictures(self) -> list[Picture]:
@@ -109,6 +124,11 @@ class Page:
 def plain(text: str) -> str:
     """Return `text` with control characters (escape codes of terminals, too) made visible."""
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def number(value: float | None, digits: int = 5) -> str:
+    """Return a score as text; "-" where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------
@@ -135,7 +155,7 @@ th, td { padding: 3px 14px 3px 0; text-align: right; vertical-align: top; white-
 th { font-weight: 500; color: #57606a; border-bottom: 1px solid #aeb6c0; vertical-align: bottom; }
 td { border-bottom: 1px solid #edf0f3; }
 th.word, td.word { text-align: left; white-space: normal; overflow-wrap: break-word; max-width: 44em; }
-td.long { min-width: 380px; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-line; font-size: 13.5px; }
+td.word.long { min-width: 380px; max-width: none; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-line; font-size: 13.5px; }
 tr.strong td { font-weight: 600; }
 figure { margin: 14px 0; max-width: 100%; }
 .row { display: flex; flex-wrap: wrap; gap: 0 28px; align-items: flex-start; }
@@ -148,7 +168,7 @@ pre { font: 12.5px/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monos
 @page { margin: 14mm; }
 @media print { body { padding: 0; max-width: none; font-size: 10.5pt; } nav { display: none; }
   figure, tr, .tile, p { break-inside: avoid; } h2 { break-after: avoid; } table { font-size: 9pt; }
-  .grid, pre { overflow: visible; } td.long { min-width: 0; } }
+  .grid, pre { overflow: visible; } td.word.long { min-width: 0; } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a page that can fetch and run nothing
 
@@ -229,8 +249,8 @@ def _grid_html(grid: Grid) -> str:
 
     heads = "".join(cell("th", place, value) for place, value in enumerate(grid.heads))
     rows = ""
-    for number, row in enumerate(grid.rows):
-        strong = ' class="strong"' if number in grid.strong else ""
+    for line, row in enumerate(grid.rows):
+        strong = ' class="strong"' if line in grid.strong else ""
         rows += f"<tr{strong}>{''.join(cell('td', place, value) for place, value in enumerate(row))}</tr>\n"
     caption = "" if grid.folded or not grid.title else f"<caption>{_html(grid.title)}</caption>"
     head = f"<thead><tr>{heads}</tr></thead>" if any(grid.heads) else ""

@@ -6,37 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from comp import config_file
 from comp.config import Task
 from comp.data.folds import audit
-from comp.data.frames import cell_strings
 from comp.data.leaks import too_good
-from comp.metrics import METRICS, evaluate_known
+from comp.metrics import METRICS
 from comp.runs import read_json
-from comp.ship.report_page import Block, Grid, Lines, Long, Note, Page, Panel, Picture, Tiles
-from comp.ship.report_run import FoldLog, RunRecord
+from comp.ship.report_errors import errors_panel, worst_panel
+from comp.ship.report_page import Block, Grid, Lines, Note, Page, Panel, Picture, Tiles, number
+from comp.ship.report_run import FoldLog, RunRecord, fold_name
 from comp.ship.report_tasks import prediction_blocks
-from comp.ship.row_errors import ERRORS, Part, length_bins, mean_errors, row_errors
 
 __all__ = ["report_page"]
 
-NUM_WORST = 20
-MOST_GROUPS = 15
-LEAST_GROUP = 3  # rows: a smaller group's mean error says little
 BARS = "▁▂▃▄▅▆▇█"
 MOST_BARS = 60
-Floats = NDArray[np.float64]
-
-
-def number(value: float | None, digits: int = 5) -> str:
-    """Return a score as text; "-" where there is none."""
-    return "-" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
-
-
-def fold_name(fold: int | str) -> str:
-    return "full" if fold == "full" else f"fold {fold}"
 
 
 def report_page(run: RunRecord) -> Page:
@@ -49,8 +34,8 @@ def report_page(run: RunRecord) -> Page:
         _scores(run),
         _training(run),
         *(_predictions(run, task) for task in run.config.tasks if run.rows is not None),
-        _errors(run),
-        _worst(run),
+        errors_panel(run),
+        worst_panel(run),
         _balance(run),
         _time(run),
         _config(run),
@@ -226,137 +211,13 @@ def _rates(run: RunRecord, log: FoldLog) -> list[Block]:
     return [Picture("rates", about, "rates", data, [*words, shape])]
 
 
-# --- predictions and errors ------------------------------------------------------------------------------------------
+# --- predictions and the rest ----------------------------------------------------------------------------------------
 
 
 def _predictions(run: RunRecord, task: Task) -> Panel:
     title = "Predictions" if len(run.config.tasks) == 1 else f"Predictions: {task.name}"
     blocks = prediction_blocks(task, run.targets(task), run.preds(task), run.outputs(task), run.classes.get(task.name))
     return Panel(f"predictions-{task.name}", title, blocks)
-
-
-def _first_errors(run: RunRecord) -> Floats:
-    task = run.config.tasks[0]
-    return row_errors(task.kind, run.targets(task), run.preds(task))
-
-
-def _errors(run: RunRecord) -> Panel:
-    if run.rows is None:
-        return Panel("errors", "Errors", [])
-    task, errors = run.config.tasks[0], _first_errors(run)
-    kind = ERRORS[task.kind]
-    blocks: list[Block] = [
-        Note(
-            f"Of each out-of-fold row of {task.name}, best weights: {kind}, mean {number(float(errors.mean()), 4)} "
-            "(dashed line). Intervals are 95% of the mean, as if rows were independent."
-        )
-    ]
-    folds = run.rows["fold"].to_numpy(np.int64)
-    known = sorted(set(folds.tolist()))
-    by_fold = mean_errors(errors, [fold_name(k) for k in known], np.searchsorted(known, folds).astype(np.int64))
-    by_length, by_group = _by_length(run, errors), _by_group(run, errors)
-    for name, title, parts in (("fold", "fold", by_fold), by_length, by_group):
-        if parts:
-            blocks.append(_interval_picture(f"errors-by-{name}", f"by {title}", parts, kind, float(errors.mean())))
-    for name, title, parts in (("fold", "fold", by_fold), by_length, by_group):
-        if parts:
-            blocks.append(_part_grid(run, task, f"table-by-{name}", title, parts, kind))
-    return Panel("errors", "Errors by part", blocks)
-
-
-def _by_length(run: RunRecord, errors: Floats) -> tuple[str, str, list[Part]]:
-    if run.lengths is None or run.place_of is None:
-        return "length", "length", []
-    own = run.lengths.values[run.place_of]
-    title = f"length in {run.lengths.unit}"
-    if run.lengths.limit is not None:
-        over = float((own > run.lengths.limit).mean())
-        fate = "cut" if run.config.model.windows is None else "read as windows"
-        title += f"; {over:.1%} of the texts are longer than {run.lengths.limit} and are {fate}"
-    return "length", title, mean_errors(errors, *length_bins(own))
-
-
-def _by_group(run: RunRecord, errors: Floats) -> tuple[str, str, list[Part]]:
-    column = run.config.folds.group
-    if column is None or run.place_of is None or run.table is None:
-        return "group", "group", []
-    cells = np.asarray(cell_strings(run.table.frame[column]), dtype=object)[run.place_of]
-    names, of_row = np.unique(cells, return_inverse=True)
-    parts = [part for part in mean_errors(errors, names.tolist(), of_row) if len(part.rows) >= LEAST_GROUP]
-    parts.sort(key=lambda part: -part.mean)
-    title = f"group ({column}, {len(names):,} groups)"
-    if len(parts) > MOST_GROUPS:
-        title = f"group ({column}): the {MOST_GROUPS} worst of {len(names):,} groups"
-    if len(parts) < len(names):
-        title += f", of {LEAST_GROUP} rows or more"
-    return "group", title, parts[:MOST_GROUPS]
-
-
-def _interval_picture(name: str, title: str, parts: Sequence[Part], kind: str, line: float) -> Picture:
-    data = {
-        "names": [part.name for part in parts],
-        "values": [part.mean for part in parts],
-        "low": [part.mean - part.margin for part in parts],
-        "high": [part.mean + part.margin for part in parts],
-        "label": f"mean {kind}",
-        "title": title.split(";")[0].split(":")[0],
-        "line": line,
-    }
-    return Picture(name, f"Mean {kind} {title}", "intervals", data)
-
-
-def _part_grid(run: RunRecord, task: Task, name: str, title: str, parts: Sequence[Part], kind: str) -> Grid:
-    targets, preds, metric = run.targets(task), run.preds(task), run.config.metric_of(task)
-    rows = [
-        [
-            part.name,
-            f"{len(part.rows):,}",
-            number(part.mean, 4),
-            number(part.margin, 4),
-            number(evaluate_known(metric, targets[part.rows], preds[part.rows], task.kind)),
-        ]
-        for part in parts
-    ]
-    heads = [title.split(" ")[0], "rows", f"mean {kind}", "±", metric]
-    return Grid(name, f"by {title}", heads, rows, folded=True)
-
-
-def _worst(run: RunRecord) -> Panel:
-    if run.rows is None:
-        return Panel("worst", "Worst rows", [])
-    task, errors = run.config.tasks[0], _first_errors(run)
-    targets, preds, outputs = run.targets(task), run.preds(task), run.outputs(task)
-    order = np.argsort(-errors, kind="stable")[:NUM_WORST]
-    texts = None
-    if run.table is not None and run.place_of is not None:
-        texts = ["\n".join(column[run.place_of[row]] for column in run.table.texts) for row in order]
-    heads = ["id", "fold", "error", "target", "prediction", *(["text"] if texts is not None else [])]
-    rows = []
-    for place, row in enumerate(order):
-        target, pred = _said(task, targets[row], preds[row], outputs)
-        cells = [str(run.rows["id"].iloc[row]), str(run.rows["fold"].iloc[row]), number(errors[row], 4), target, pred]
-        rows.append([*cells, Long(texts[place])] if texts is not None else cells)
-    title = f"the {len(rows)} rows with the largest {ERRORS[task.kind]} in {task.name}, best weights"
-    return Panel("worst", "Worst rows", [Grid("worst-rows", title, heads, rows)])
-
-
-def _said(task: Task, target: Floats, pred: Floats, outputs: Sequence[str]) -> tuple[str, str]:
-    """Return a row's target and prediction in words."""
-    if task.kind == "multiclass":
-        if len(target) > 1:  # soft labels
-            true = int(target.argmax())
-            return f"{outputs[true]} {target[true]:.2f}", f"{outputs[int(pred.argmax())]} {pred.max():.3f}"
-        true = int(target[0])
-        return outputs[true], f"{outputs[int(pred.argmax())]} {pred.max():.3f} (true one {pred[true]:.3f})"
-    if task.kind in ("binary", "ordinal"):
-        return f"{target[0]:g}", f"{pred[0]:.3f}"
-    most = 6
-    pairs = [f"{value:.4g}" for value in target[:most]], [f"{value:.3f}" for value in pred[:most]]
-    more = ", ..." if len(target) > most else ""
-    return ", ".join(pairs[0]) + more, ", ".join(pairs[1]) + more
-
-
-# --- the rest --------------------------------------------------------------------------------------------------------
 
 
 def _balance(run: RunRecord) -> Panel:
@@ -380,45 +241,35 @@ def _balance_picture(run: RunRecord, task: Task) -> Picture | None:
     parts = [targets[folds == k] for k in run.finished]
     if task.kind == "regression":
         label = task.targets[0] + (f" (the first of {len(task.targets)} columns)" if len(task.targets) > 1 else "")
-        data = {"folds": names, "values": [part[:, 0] for part in parts], "label": label}
-        return Picture("balance-picture", about, "spreads", data)
+        boxes = {"folds": names, "values": [part[:, 0] for part in parts], "label": label}
+        return Picture("balance-picture", about, "spreads", boxes)
+    labels: Sequence[str] = task.targets
     if task.kind in ("binary", "multilabel"):
-        labels, values = task.targets, [part.mean(axis=0) for part in parts]
+        values = [part.mean(axis=0) for part in parts]
     elif targets.shape[1] > 1:
         labels, values = run.outputs(task), [part.mean(axis=0) for part in parts]
     else:
         labels = run.classes[task.name]
         codes = [float(label) for label in labels] if task.kind == "ordinal" else range(len(labels))
         values = [np.array([(part[:, 0] == code).mean() for code in codes]) for part in parts]
-    data = {"folds": names, "names": list(labels), "values": np.array(values)}
-    return Picture("balance-picture", about, "shares", data)
+    shown: dict[str, Any] = {"folds": names, "names": list(labels), "values": np.array(values)}
+    return Picture("balance-picture", about, "shares", shown)
 
 
 def _time(run: RunRecord) -> Panel:
     logs = [log for log in run.logs if log.done is not None]
     if not logs:
         return Panel("time", "Time and padding", [])
-    rows, parts = [], []
+    rows: list[list[str]] = []
+    parts = []
     for log in logs:
         done = log.done or {}
         padding = run.padding(log)
-        share = done.get("evaluation_share")
-        rate = done.get("tokens_per_second")
-        rows.append(
-            [
-                fold_name(log.fold),
-                f"{done['seconds']:,.1f}",
-                *(f"{done[key]:,.1f}" if key in done else "-" for key in ("train_seconds", "eval_seconds")),
-                "-" if share is None else f"{share:.1%}",
-                f"{done['steps']:,}" if "steps" in done else "-",
-                "-" if rate is None else f"{rate:,}",
-                *(
-                    ["-"] * 3
-                    if padding is None
-                    else (f"{x:.1%}" for x in (padding.share, padding.plain_share, padding.predict_share))
-                ),
-            ]
-        )
+        found = (None,) * 3 if padding is None else (padding.share, padding.plain_share, padding.predict_share)
+        cells = [f"{done[key]:,.1f}" if key in done else "-" for key in ("seconds", "train_seconds", "eval_seconds")]
+        cells.append(_percent(done.get("evaluation_share")))
+        cells += [f"{done[key]:,}" if key in done else "-" for key in ("steps", "tokens_per_second")]
+        rows.append([fold_name(log.fold), *cells, *map(_percent, found)])
         if "train_seconds" in done:
             spent = done["train_seconds"], done["eval_seconds"]
             parts.append((fold_name(log.fold), *spent, max(0.0, done["seconds"] - sum(spent))))
@@ -437,6 +288,10 @@ def _time(run: RunRecord) -> Panel:
     return Panel("time", "Time and padding", blocks)
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def _config(run: RunRecord) -> Panel:
     config = run.config
     base, where = config_file.load_base(config)
@@ -449,20 +304,22 @@ def _config(run: RunRecord) -> Panel:
         [task.name, task.kind, ", ".join(task.targets), task.loss.name, f"{task.weight:g}", config.metric_of(task)]
         for task in config.tasks
     ]
+    changes: Block = Note(f"Nothing differs from {where}, but for competition, tasks, metric and backbone.")
+    if rows:
+        changes = Grid("config-diff", f"what differs from {where}", ["key", "base", "this run"], rows, left=3)
     blocks: list[Block] = [
         Grid("tasks", "tasks", ["task", "kind", "targets", "loss", "weight", "metric"], tasks, left=6),
-        Grid("config-diff", f"what differs from {where}", ["key", "base", "this run"], rows, left=3)
-        if rows
-        else Note(f"Nothing differs from {where}, but for competition, tasks, metric and backbone."),
+        changes,
         Lines("config-yaml", "the whole config", config_file.dump(config), folded=True),
     ]
     if run.folder.classical.exists():
         about = read_json(run.folder.classical)
-        blocks.insert(0, Grid("classical", "classical run", ["", ""], [[k, str(v)] for k, v in about.items()], left=2))
+        rows = [[key, str(value)] for key, value in about.items()]
+        blocks.insert(0, Grid("classical", "classical run", ["", ""], rows, left=2))
     return Panel("config", "Config", blocks)
 
 
 def _versions(run: RunRecord) -> Panel:
-    rows = [*run.manifest["versions"].items()]
-    rows += [(f"fingerprint of {part}", mark) for part, mark in run.manifest["fingerprints"].items()]
-    return Panel("versions", "Versions", [Grid("versions-table", "", ["", ""], [list(row) for row in rows], left=2)])
+    rows = [[name, str(version)] for name, version in run.manifest["versions"].items()]
+    rows += [[f"fingerprint of {part}", str(mark)] for part, mark in run.manifest["fingerprints"].items()]
+    return Panel("versions", "Versions", [Grid("versions-table", "", ["", ""], rows, left=2)])

@@ -27,11 +27,16 @@ from comp.runs import RunFolder, read_json
 from comp.training import oof
 from comp.training.crossval import FOLDS, rows_of
 
-__all__ = ["FoldLog", "Lengths", "Padding", "RunRecord", "read_run"]
+__all__ = ["FoldLog", "Lengths", "Padding", "RunRecord", "fold_name", "read_run"]
 
 Fold = int | str
 GROUP_LINE = re.compile(r"^(?P<name>\S.*?) +(?P<lr>\d\S*) +\S+ +\d+ +[\d,]+$")
 UNCUT = 1 << 30
+
+
+def fold_name(fold: Fold) -> str:
+    """Return what a fold is called: "fold 0", or "full"."""
+    return "full" if fold == "full" else f"fold {fold}"
 
 
 @dataclass(frozen=True)
