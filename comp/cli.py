@@ -274,6 +274,34 @@ def compare(
         print(f"wrote {html}")
 
 
+@app.command()
+def explain(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    row: Annotated[list[str] | None, typer.Option(help="Id of a row that a fold held out; repeatable.")] = None,
+    sample: Annotated[int | None, typer.Option(help="So many rows drawn instead: which words push?")] = None,
+    output: Annotated[str | None, typer.Option(help="Column or class; default: the first, or predicted.")] = None,
+    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
+    steps: Annotated[int, typer.Option(help="Points of the integral.")] = 50,
+    html: Annotated[Path | None, typer.Option(help="Write it as a page, too.")] = None,
+) -> None:
+    """Which words push a prediction up or down, by the fold model that did not see the row."""
+    from comp.ship.explain_page import explain as show
+
+    text = show(
+        run,
+        row or [],
+        sample=sample,
+        output=output,
+        weights=weights,
+        steps=steps,
+        html=html,
+        colour=sys.stdout.isatty(),
+    )
+    print(text, end="")
+    if html is not None:
+        print(f"wrote {html}")
+
+
 @app.command("list")
 def list_(
     what: Annotated[str | None, typer.Argument(help="poolers, losses, metrics, optimizers, schedules, ...")] = None,

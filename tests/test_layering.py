@@ -102,6 +102,8 @@ LAYERS = {
     "ship/report_panels.py": 6,
     "ship/report.py": 6,
     "ship/compare.py": 6,
+    "ship/explain.py": 6,
+    "ship/explain_page.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
     "cli.py": 7,
@@ -131,7 +133,7 @@ FORBIDDEN = {
 }
 """The loop receives finished parts: no catalogue, no technique, no config."""
 
-ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "lit_nlp")
+ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp")
 """Optional packages: each is imported in one file, inside the function that needs it."""
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}

@@ -103,7 +103,7 @@ class LoadedRun:
         """Tokenize a table and build the model; return fold -> its (N, K) predictions."""
         tokenizer = load_tokenizer(str(self.folder.backbone))
         encoded = encode(tokenizer, table.texts, **self.config.model.cutting, cache=cache)
-        model = self._model(tokenizer).to(self.runtime.device)
+        model = self.build(tokenizer).to(self.runtime.device)
         decoders = {self.task.name: build_decoder(self.task, self.classes.get(self.task.name, []))}
 
         def predict_fold(fold: Fold) -> NDArray[np.float64]:
@@ -123,7 +123,8 @@ class LoadedRun:
             return folder.averaged
         return folder.last if fold == "full" or self.weights == "last" else folder.best
 
-    def _model(self, tokenizer: Any) -> TextModel:
+    def build(self, tokenizer: Any) -> TextModel:
+        """Return the run's model in evaluation mode, without the weights of a fold."""
         model = self.config.model
         return build_model(
             self.folder.backbone,

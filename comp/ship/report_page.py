@@ -19,6 +19,7 @@ __all__ = [
     "Grid",
     "Lines",
     "Long",
+    "Marked",
     "Note",
     "Page",
     "Panel",
@@ -31,6 +32,7 @@ __all__ = [
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN, MOST = 320, 6000  # characters of a long text that stand open, and at all
+MOST_MARKED = 15  # parts of a marked text that show their weight in a terminal without colours
 TERMINAL, MOST_ROWS = 100, 40  # in a terminal: characters of a text cell, rows of a table that is closed in the page
 
 
@@ -100,7 +102,17 @@ class Tiles:
     items: Sequence[tuple[str, str, str]]
 
 
-Block: TypeAlias = Grid | Picture | Note | Lines | Tiles
+@dataclass(frozen=True)
+class Marked:
+    """A text whose parts pull up (blue) or down (orange)."""
+
+    name: str
+    title: str
+    parts: Sequence[tuple[str, float | None]]
+    """(text, weight); None = not weighed."""
+
+
+Block: TypeAlias = Grid | Picture | Note | Lines | Tiles | Marked
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,10 @@ th, td { padding: 3px 14px 3px 0; text-align: right; vertical-align: top; white-
 th { font-weight: 500; color: #57606a; border-bottom: 1px solid #aeb6c0; vertical-align: bottom; }
 td { border-bottom: 1px solid #edf0f3; }
 th.word, td.word { text-align: left; white-space: normal; overflow-wrap: break-word; max-width: 44em; }
-td.word.long { min-width: 380px; max-width: none; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-line; font-size: 13.5px; }
+td.word.long { min-width: 380px; max-width: none; overflow-wrap: anywhere; unicode-bidi: isolate;
+  white-space: pre-line; font-size: 13.5px; }
+p.marked { max-width: none; line-height: 1.9; white-space: pre-line; overflow-wrap: anywhere; unicode-bidi: isolate; }
+p.marked span { padding: 2px 0; border-radius: 2px; }
 tr.strong td { font-weight: 600; }
 figure { margin: 14px 0; max-width: 100%; }
 .row { display: flex; flex-wrap: wrap; gap: 0 28px; align-items: flex-start; }
@@ -222,7 +237,7 @@ def _picture_html(picture: Picture, svg: bytes, width: int, height: int) -> str:
     )
 
 
-def _block_html(block: Grid | Note | Lines | Tiles) -> str:
+def _block_html(block: Grid | Note | Lines | Tiles | Marked) -> str:
     if isinstance(block, Note):
         return f'<p class="warning">{_html(block.text)}</p>' if block.warning else f"<p>{_html(block.text)}</p>"
     if isinstance(block, Tiles):
@@ -231,11 +246,30 @@ def _block_html(block: Grid | Note | Lines | Tiles) -> str:
             for name, value, remark in block.items
         )
         return f'<div class="tiles">{tiles}</div>'
+    if isinstance(block, Marked):
+        return _marked_html(block)
     if isinstance(block, Lines):
         inner, title = f'<pre id="{escape(block.name)}">{_html(block.text)}</pre>', block.title
     else:
         inner, title = _grid_html(block), block.title
     return f"<details><summary>{_html(title)}</summary>{inner}</details>" if block.folded else inner
+
+
+def _marked_html(block: Marked) -> str:
+    most = _largest(block)
+    words = ""
+    for text, weight in block.parts:
+        shown = _html(text)
+        if weight is not None and text.strip():
+            colour = "0, 114, 178" if weight > 0 else "213, 94, 0"
+            style = f"background: rgba({colour}, {0.7 * abs(weight) / most:.3f})"
+            shown = f'<span style="{style}" title="{weight:+.4f}">{shown}</span>'
+        words += shown
+    return f'<div id="{escape(block.name)}"><b>{_html(block.title)}</b><p class="marked" dir="auto">{words}</p></div>'
+
+
+def _largest(block: Marked) -> float:
+    return max((abs(weight) for _, weight in block.parts if weight is not None), default=0.0) or 1.0
 
 
 def _grid_html(grid: Grid) -> str:
@@ -277,8 +311,11 @@ def _word_columns(grid: Grid) -> list[bool]:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def render_text(page: Page) -> str:
-    """Return the page for a terminal or a notebook: tables and notes, and a few lines for each picture."""
+def render_text(page: Page, *, colour: bool = False) -> str:
+    """Return the page for a terminal or a notebook: tables and notes, and a few lines for each picture.
+
+    `colour`: marked texts in the terminal's colours; without, the parts with the largest weights have them behind.
+    """
     lines = [plain(page.title), plain(page.about)]
     for place, panel in enumerate(page.panels):
         if place:
@@ -292,11 +329,32 @@ def render_text(page: Page) -> str:
                 ]
             elif isinstance(block, Lines):
                 lines += ["", block.title, plain(block.text)] * (not block.folded)
+            elif isinstance(block, Marked):
+                lines += ["", plain(block.title), _marked_text(block, colour=colour)]
             elif isinstance(block, Picture):
                 lines += [plain(line) for line in block.words]
             else:
                 lines += ["", *_grid_text(block)]
     return "\n".join(lines) + "\n"
+
+
+def _marked_text(block: Marked, *, colour: bool) -> str:
+    most = _largest(block)
+    weights = sorted((abs(weight) for _, weight in block.parts if weight is not None), reverse=True)
+    least = weights[min(MOST_MARKED, len(weights)) - 1] if weights else 0.0
+    shown = ""
+    for text, weight in block.parts:
+        word = plain(text)
+        if weight is not None and text.strip() and weight:
+            depth = min(4, int(5 * abs(weight) / most))
+            if colour and depth:
+                word = f"\x1b[{44 if weight > 0 else 43};{97 if weight > 0 else 30}m{word}\x1b[0m" if depth > 1 else (
+                    f"\x1b[{34 if weight > 0 else 33}m{word}\x1b[0m"
+                )  # fmt: skip
+            elif not colour and abs(weight) >= least:
+                word = f"{word}({weight:+.3f})"
+        shown += word
+    return shown
 
 
 def _grid_text(grid: Grid) -> list[str]:
