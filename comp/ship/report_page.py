@@ -183,7 +183,8 @@ pre { font: 12.5px/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monos
 @page { margin: 14mm; }
 @media print { body { padding: 0; max-width: none; font-size: 10.5pt; } nav { display: none; }
   figure, tr, .tile, p { break-inside: avoid; } h2 { break-after: avoid; } table { font-size: 9pt; }
-  .grid, pre { overflow: visible; } td.word.long { min-width: 0; } }
+  td, th { white-space: normal; } td.word.long { min-width: 0; }
+  .row { display: block; } .grid, pre { overflow: visible; } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a page that can fetch and run nothing
 

@@ -5,7 +5,7 @@ Shapes: N rows, K target columns, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,13 +56,17 @@ def _too_many(columns: Sequence[str]) -> list[Block]:
     return [Note(f"Drawn are the first {MOST_PANELS} of {len(columns)} columns; the table has all.")]
 
 
-def _numbers(task: Task, targets: Floats, preds: Floats, outputs: Sequence[str]) -> list[Block]:
-    columns, rows = [], []
+def _known_columns(targets: Floats, preds: Floats, outputs: Sequence[str]) -> Iterator[tuple[str, Floats, Floats]]:
+    """Yield (name, targets (n,), predictions (n,)) of each column that has a target in some row."""
     for place, name in enumerate(outputs):
         known = np.isfinite(targets[:, place])
-        if not known.any():
-            continue
-        target, pred = targets[known, place], preds[known, place]
+        if known.any():
+            yield name, targets[known, place], preds[known, place]
+
+
+def _numbers(task: Task, targets: Floats, preds: Floats, outputs: Sequence[str]) -> list[Block]:
+    columns, rows = [], []
+    for name, target, pred in _known_columns(targets, preds, outputs):
         columns.append((name, target, pred))
         scores = [
             _score(metric, target[:, None], pred[:, None], task.kind)
@@ -104,11 +108,7 @@ def reliability_bins(targets: Floats, preds: Floats, num_bins: int = NUM_BINS) -
 def _probabilities(task: Task, targets: Floats, preds: Floats, outputs: Sequence[str]) -> list[Block]:
     columns: list[dict[str, Any]] = []
     rows, bins_shown = [], []
-    for place, name in enumerate(outputs):
-        known = np.isfinite(targets[:, place])
-        if not known.any():
-            continue
-        target, pred = targets[known, place], preds[known, place]
+    for name, target, pred in _known_columns(targets, preds, outputs):
         bins = reliability_bins(target, pred)
         counts, predicted, actual = (np.array(part) for part in zip(*bins, strict=True))
         gap = float((counts * np.abs(predicted - actual)).sum() / counts.sum())
