@@ -42,8 +42,10 @@ format: $(STAMP)  ## rewrite the files as ruff wants them
 readme: $(STAMP)  ## write the catalogues into the README's table of techniques
 	$(BIN)/python tests/test_readme.py
 
-bench: $(STAMP)  ## tokens per second of our loop against a bare PyTorch loop
+bench: $(STAMP)  ## speed of training and of inference, and inference's memory (ten minutes)
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/infer_speed.py
+	$(BIN)/python benchmarks/infer_memory.py
 
 clean:  ## remove .venv and the tools' caches; runs/, folds/ and submissions/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

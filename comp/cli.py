@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
-import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,23 +40,32 @@ def train(
         str, typer.Option(help="auto (at evaluations), evaluation, never, '10 minutes', '200 steps': to go on from.")
     ] = "auto",
     seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
+    check_determinism: Annotated[
+        bool, typer.Option("--check-determinism", help="Train 20 steps twice instead, and say whether the bits agree.")
+    ] = False,
 ) -> None:
     """Train the folds that are not finished yet, and score them."""
     from comp import config_file
+    from comp.runs import check_name
     from comp.training import crossval
     from comp.training.seeds import parse_seeds, run_seeds
     from comp.training.trainer import Stopped
 
     file = config_file.find(config)
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
-    name = run or file.stem
+    name = file.stem if run is None else run
     if debug:
         if getattr(loaded.schedule, "warmup_steps", None):  # meant for a whole run, longer than this one
             loaded = config_file.load(file, [*(overrides or []), *DEBUG, "schedule.warmup_steps=1"])
         name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    check_name(name, "--run", "runs")
+    if check_determinism:
+        from comp.training.determinism import check_determinism as check
+
+        if not check(loaded, fold):
+            raise typer.Exit(1)
+        return
     try:
         if seeds is None:
             crossval.run(loaded, name, fold, restart=restart, save_every=save_every)
@@ -84,13 +93,28 @@ def classical(
     """Fit scikit-learn to features over the same folds: a run that infers and blends like any other."""
     from comp import config_file
     from comp.blend.classical import run_classical
+    from comp.runs import check_name
 
     loaded = config_file.load(config, overrides or [])
-    name = run or "-".join([*(text.replace(":", "-") for text in features), estimator])
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--run '{name}': a run is named like a folder inside runs/, without slashes")
+    name = "-".join([*(text.replace(":", "-") for text in features), estimator]) if run is None else run
+    check_name(name, "--run", "runs")
     options = config_file.parse_pairs(option or [], "--option")
     run_classical(loaded, name, features=features, estimator=estimator, options=options, folds=fold, restart=restart)
+
+
+@app.command()
+def features(
+    config: ConfigOption,
+    features: Annotated[list[str], typer.Option(help="See `comp list features`; run:NAME of a run; repeatable.")],
+    fold: Annotated[str, typer.Option(help="all, full (every row, no validation), or numbers like 0,2.")] = "all",
+    out: Annotated[Path | None, typer.Option(help="Parquet file of each fold's held-out rows, by id.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Compute features for every fold and keep them; say their shapes and where they are."""
+    from comp import config_file
+    from comp.blend.features import write_features
+
+    write_features(config_file.load(config, overrides or []), features, folds=fold, out=out)
 
 
 @app.command()
@@ -115,14 +139,14 @@ def blend(
     from comp import config_file
     from comp.blend.crossfit import Recipe, examine, write_blend
     from comp.blend.members import gather, leaks_of
+    from comp.runs import check_name
 
-    if Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--name '{name}': a blend is named like a folder inside blends/, without slashes")
+    check_name(name, "--name", "blends")
     recipe = Recipe(method, config_file.parse_pairs(option or [], "--option"), calibration)
     members = gather(run, weights=weights, rows=rows, any_folds=not recipe.fitted)
     if members.dropped:
         print(f"{members.dropped:,} rows are left out: not every run has them, or --rows does not want them")
-    for line in leaks_of(members.members[0]):
+    for line in leaks_of(members.members):
         print(f"warning: {line}")
     parameters, report = examine(members, recipe)
     print(report.table())
@@ -131,41 +155,67 @@ def blend(
 
 
 @app.command()
+def pseudo(
+    run: Annotated[list[str], typer.Option(help="Run folder, a teacher; repeatable.")],
+    data: Annotated[str, typer.Option(help="Table without targets: the columns of the test table.")],
+    name: Annotated[str | None, typer.Option(help="Name of the set, inside pseudo/; default: the run's.")] = None,
+    weights: Annotated[str, typer.Option(help="last, averaged, or best (chosen on held-out rows).")] = "last",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a set of this name.")] = False,
+) -> None:
+    """Label a table by finished runs, for each fold by its own models alone: pseudo/<name>."""
+    from comp.ship.teachers import make_labels
+
+    if name is not None and (Path(name).name != name or name.startswith(".")):
+        raise ValueError(f"--name '{name}': a set is named like a folder inside pseudo/, without slashes")
+    make_labels(run, data, name=name, weights=weights, overwrite=overwrite)
+
+
+@app.command()
 def infer(
     run: Annotated[list[str] | None, typer.Option(help="Run folder; repeatable; default: the newest finished.")] = None,
     blend: Annotated[str | None, typer.Option(help="Blend to apply, in place of --run: blends/<name>.")] = None,
     test: Annotated[str | None, typer.Option(help="Table to predict; default: the config's competition.test.")] = None,
     out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run or blend>.csv.")] = None,
-    fold: Annotated[str | None, typer.Option(help="full, or numbers like 0,2, or 0,1,full.")] = None,
+    fold: Annotated[str | None, typer.Option(help="all (the default), full, all,full, or like 0,2.")] = None,
     weights: Annotated[str | None, typer.Option(help="best (the default), last, or averaged.")] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes, one a GPU; default: every visible GPU.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Like cuda:0,cuda:1 or cpu,cpu: one process each.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Most padded tokens of a batch; default: 8192 on a GPU, 2048 on a CPU.")
+    ] = None,
     time_budget: Annotated[str | None, typer.Option(help="Like 8h: leaves out what will not fit.")] = None,
 ) -> None:
-    """Predict the test table with finished runs and write a checked submission."""
+    """Predict the test table with finished runs and write a checked submission.
+
+    Every model of a run weighs the same, a full-data one (--fold all,full) like a fold's. Of several runs each weighs
+    the same, whatever its number of models; a blend has weights of its own.
+    """
+    from comp.runtime import choose_devices
     from comp.ship.infer import infer as write
+    from comp.ship.workers import WorkerFault
 
     folds: list[int | str] | None = None
     if fold is not None:
         parts = [part.strip() for part in fold.split(",")]
-        if not all(part == "full" or part.isdigit() for part in parts) or len(set(parts)) != len(parts):
-            raise ValueError(f"--fold '{fold}': allowed are full, numbers like 0,2, or both like 0,1,full")
-        folds = [part if part == "full" else int(part) for part in parts]
-    if blend is not None:
+        known = all(part in ("all", "full") or part.isdecimal() for part in parts)
+        if not known or len(set(parts)) != len(parts) or ("all" in parts and any(part.isdecimal() for part in parts)):
+            raise ValueError(f"--fold '{fold}': allowed are all, full, numbers like 0,2, or several like all,full")
+        folds = [int(part) if part.isdecimal() else part for part in parts]
+    how: dict[str, Any] = {"folds": folds, "precision": precision, "batch_tokens": batch_tokens, "test": test}
+    how |= {"time_budget": time_budget, "out": out, "devices": choose_devices(workers, devices)}
+    try:
+        if blend is None:
+            write(run or [], weights=weights or "best", **how)
+            return
         if run or weights:
             raise ValueError("--blend says which runs and weights; leave out --run and --weights")
         from comp.blend.crossfit import read_blend
 
-        write(blend=read_blend(blend), test=test, out=out, folds=folds, precision=precision, time_budget=time_budget)
-    else:
-        write(
-            run or [],
-            test=test,
-            out=out,
-            folds=folds,
-            weights=weights or "best",
-            precision=precision,
-            time_budget=time_budget,
-        )
+        write(blend=read_blend(blend), **how)
+    except WorkerFault as fault:
+        print(f"comp: {fault}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -194,9 +244,14 @@ def folds(
 
 
 @app.command("lint")
-def lint_(config: ConfigOption, overrides: SetOption = None) -> None:
-    """Look for leaks in the tables and the folds: counts, examples and what to do."""
+def lint_(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    run: Annotated[list[str] | None, typer.Option(help="Run whose out-of-fold rows to look at; repeatable.")] = None,
+) -> None:
+    """Look for leaks in the tables, the folds and runs: counts, examples and what to do."""
     from comp import config_file
+    from comp.blend.members import read_member
     from comp.data.folds import get_or_make_folds
     from comp.data.leaks import Evidence, leak_table, lint
     from comp.data.tables import read_competition
@@ -207,7 +262,9 @@ def lint_(config: ConfigOption, overrides: SetOption = None) -> None:
     folding = get_or_make_folds(path, table, loaded.tasks, loaded.folds) if path.exists() else None
     tested = 0 if test is None else len(test)
     print(f"{len(table):,} training rows, {tested:,} test rows, folds: {path if folding else 'none yet (comp folds)'}")
-    print(leak_table(lint(Evidence(table, test, None if folding is None else folding.fold, loaded.folds.group))))
+    fold = None if folding is None else folding.fold
+    runs = tuple(read_member(path).out_of_fold() for path in run or [])
+    print(leak_table(lint(Evidence(table, test, fold, loaded.folds.group, runs))))
 
 
 @app.command()
@@ -388,19 +445,34 @@ def main() -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         app()
-    except ValueError as fault:
-        if not _is_ours(fault):
+    except (ValueError, ArithmeticError) as fault:
+        from comp.runtime import is_ours
+
+        if not is_ours(fault):
             raise
         print(f"comp: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except ArithmeticError as fault:
-        if not _is_ours(fault):
+        sys.exit(2 if isinstance(fault, ValueError) else 1)
+    except (RuntimeError, MemoryError) as fault:  # where no smaller batch helps: the model itself, the optimizer
+        from comp.training.memory import ADVICE, is_memory
+
+        if not is_memory(fault):
             raise
-        print(f"comp: {fault}", file=sys.stderr)
+        reason = str(fault).strip().split("\n")[0] or "no more is given"
+        print(f"comp: memory ran out ({reason}); what is saved is whole. Try {ADVICE}", file=sys.stderr)
         sys.exit(1)
-
-
-def _is_ours(fault: BaseException) -> bool:
-    """Tell whether `comp` itself raised it: a ValueError out of a library is a bug of ours, and keeps its traceback."""
-    frames = traceback.extract_tb(fault.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+    except OSError as fault:
+        if fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({fault.filename})" if fault.filename else ""
+            print(
+                f"comp: the disk is full{where}; what was written before is whole: free some space, and the same "
+                "command goes on from what is saved",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        if fault.filename is None:
+            raise
+        print(
+            f"comp: {fault.filename2 or fault.filename}: {fault.strerror}; look at the path, its rights and the disk",
+            file=sys.stderr,
+        )
+        sys.exit(2)

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from comp.catalog import nearest
 from comp.config_optimizers import AdamW, Optimizer
 from comp.config_poolers import DensePooler, MeanPooler, Pooler
+from comp.config_pseudo import Pseudo
 from comp.config_section import Section
 from comp.config_stability import Stability
 from comp.config_variants import Groups, LinearSchedule, Loss, Schedule, UnifiedLayout
@@ -35,7 +36,7 @@ Kind = Literal["regression", "binary", "multiclass", "multilabel", "ordinal"]
 class Competition(Section):
     """Where the competition's files are, and which columns matter."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the competition: the W&B project and the default name of the fold file."""
     train: str
     """Training table, CSV or parquet; relative to the current directory."""
@@ -170,7 +171,7 @@ class Folds(Section):
     column: str | None = None
     """splitter `column`: the training table's own column of fold numbers (0, 1, ...). splitter `time`: the column to
     sort by (number or ISO date)."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """Name of the fold file, folds/<name>.csv; null = the competition's name."""
 
     @model_validator(mode="after")
@@ -228,6 +229,8 @@ class Model(Section):
     """Keep the lowest n blocks fixed; 0 = off."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30% slower, much less memory."""
+    allow_pickle: bool = False
+    """Read the backbone's weights from pytorch_model.bin where it has no safetensors; false = refuse them."""
 
     @property
     def innermost_pooler(self) -> Pooler:
@@ -352,6 +355,8 @@ class Config(Section):
     """Learning rate over the run (see `comp list schedules`)."""
     stability: Stability = Stability()
     training: Training = Training()
+    pseudo: Pseudo | None = None
+    """Pseudo-labelled rows of `comp pseudo`; null = off."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 
@@ -381,11 +386,9 @@ class Config(Section):
             raise ValueError(
                 f"the first task '{self.tasks[0].name}' has a metric of its own; set `metric` of the config instead"
             )
-        whole = [f"the loss of task '{task.name}'" for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
-        whole += ["stability.supcon"] if self.stability.supcon.weight else []
-        if whole and (self.training.micro_batch_size or self.training.batch_size) < self.training.batch_size:
+        if self.whole_batch and (self.training.micro_batch_size or self.training.batch_size) < self.training.batch_size:
             raise ValueError(
-                f"{whole[0]} compares the rows of a whole batch, which micro-batches of "
+                f"{self.whole_batch} compares the rows of a whole batch, which micro-batches of "
                 f"{self.training.micro_batch_size} would change; set training.micro_batch_size to null, or a smaller "
                 "training.batch_size"
             )
@@ -441,6 +444,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _pseudo_fits_task(self) -> Config:
+        if self.pseudo is not None:
+            self.pseudo.must_fit(self.tasks[0].kind, self.tasks[0].loss.name)
+        return self
+
+    @model_validator(mode="after")
     def _pooler_fits_texts(self) -> Config:
         count = len(self.competition.text_columns)
         if self.model.innermost_pooler.name == "two_tower" and count < 2:
@@ -463,6 +472,13 @@ class Config(Section):
     def metric_of(self, task: Task) -> str:
         """Return the metric a task is reported by."""
         return self.metric if task is self.tasks[0] else task.metric or DEFAULT_METRIC[task.kind]
+
+    @property
+    def whole_batch(self) -> str | None:
+        """What compares the rows of a whole batch, so that micro-batches would change it; None = nothing does."""
+        found = [f"the loss of task '{task.name}'" for task in self.tasks if task.loss.name in WHOLE_BATCH_LOSSES]
+        found += ["stability.supcon"] if self.stability.supcon.weight else []
+        return found[0] if found else None
 
     @property
     def fold_name(self) -> str:

@@ -95,6 +95,10 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as fault:
         where = f"line {fault.problem_mark.line + 1}: " if fault.problem_mark else ""
         raise ValueError(f"{where}not valid YAML: {fault.problem or fault.context}") from None
+    except yaml.YAMLError as fault:  # a character that YAML does not allow
+        raise ValueError(f"not valid YAML: {' '.join(str(fault).split())}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply: a config has few levels; look for a bracket that is not closed") from None
 
 
 def parse_pairs(texts: Iterable[str], option: str) -> dict[str, Any]:
@@ -197,7 +201,7 @@ class _Merged:
         if not equals or not dotted.strip():
             raise ValueError(f"--set wants key=value, got '{assignment}'; for example --set training.epochs=2")
         parts: list[str | int] = [
-            int(part) if part.isdigit() else part for part in re.split(r"\.|\[|\]\.?", dotted.strip()) if part
+            int(part) if part.isdecimal() else part for part in re.split(r"\.|\[|\]\.?", dotted.strip()) if part
         ]
         value: Any = parse_yaml(text)
         if not any(isinstance(part, int) for part in parts):

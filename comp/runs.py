@@ -8,13 +8,18 @@ runs/NAME/  config.yaml  manifest.json  backbone/ (config + tokenizer, no weight
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,10 +32,14 @@ from comp import config_file
 from comp.config import Config, Tracking
 
 __all__ = [
+    "DiskFullError",
     "RunFolder",
+    "check_name",
     "claim",
     "commit",
     "digest",
+    "disk_is_full",
+    "full_disk_said",
     "kept",
     "newest_finished",
     "now",
@@ -44,6 +53,7 @@ __all__ = [
 ]
 
 RUNS = Path("runs")
+NAME = re.compile(r"\w[\w .+=@,-]{0,99}")
 VERSIONED = ("comp", "torch", "transformers", "tokenizers", "numpy", "pandas", "scikit-learn", "safetensors")
 
 
@@ -57,6 +67,30 @@ def digest(parts: Iterable[str | bytes]) -> str:
     return sha.hexdigest()[:16]
 
 
+class DiskFullError(OSError):
+    """The disk is full; what was there is whole."""
+
+
+def disk_is_full(fault: BaseException, folder: Path) -> bool:
+    """Tell whether a fault came from a full disk: by its number, by its words, or by the disk itself."""
+    if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if any(words in str(fault) for words in ("No space left", "StorageFull", "os error 28")):
+        return True  # of libraries that write by themselves
+    return "PytorchStreamWriter" in str(fault) and shutil.disk_usage(folder).free < 2**20
+
+
+@contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """Turn the libraries' several ways to say that the disk is full into DiskFullError."""
+    try:
+        yield
+    except Exception as fault:
+        if isinstance(fault, DiskFullError) or not disk_is_full(fault, path.parent):
+            raise
+        raise DiskFullError(errno.ENOSPC, "the disk is full", str(path)) from fault
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` in the same folder, flush it to disk, then rename onto `path`.
 
@@ -65,10 +99,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with full_disk_said(path):
+            write(temporary)
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,22 +129,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises ValueError that names the file when it is broken."""
+def read_json(path: Path, *needed: str) -> dict[str, Any]:
+    """Read a file that holds a JSON object with the keys `needed`. Raises ValueError that names it when it does not."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as fault:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as fault:
         raise ValueError(f"{path} is not valid JSON ({fault}); delete it or make the run anew") from None
+    if not isinstance(found, dict) or not found.keys() >= set(needed):
+        wanted = f"an object with {', '.join(needed)}" if needed else "an object"
+        got = f"one with {', '.join(found)}" if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"{path} must hold {wanted}, got {got or 'nothing'}; delete it or make the run anew")
+    return found
 
 
 def kept(path: Path | None, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    """Return the array that is in `path`, or compute it and write it there; None = compute only."""
+    """Return the array that is in `path`, or compute it and write it there; None = compute only.
+
+    A read-only or full disk costs what would be kept, with a warning, not what was computed.
+    A damaged file is computed anew, and so is a pickle, which is never read.
+    """
     if path is not None and path.exists():
-        found: NDArray[Any] = np.load(path, allow_pickle=False)
-        return found
+        with suppress(ValueError, EOFError):
+            found: NDArray[Any] = np.load(path, allow_pickle=False)
+            return found
     values = compute()
     if path is not None:
-        write_stream(path, lambda file: np.save(file, values, allow_pickle=False))
+        try:
+            write_stream(path, lambda file: np.save(file, values, allow_pickle=False))
+        except OSError as fault:
+            warnings.warn(f"nothing is kept in {path.parent}: {fault.strerror or fault}", stacklevel=2)
     return values
 
 
@@ -121,6 +169,15 @@ def write_stream(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(file)
 
     write_atomic(path, to)
+
+
+def check_name(name: str, option: str, root: str) -> None:
+    """Raise ValueError unless `name` can be a folder inside `root` and leads nowhere else."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{option}: a name is a folder inside {root}/: up to 100 letters, figures, spaces and _.-+=@, and begins "
+            f"with a letter, a figure or _; got {name[:120]!r}"
+        )
 
 
 def now() -> str:
@@ -199,6 +256,7 @@ class FoldFolder:
         self.oof = path / "oof.parquet"
         self.evaluations = path / "evaluations.parquet"
         self.groups = path / "groups.txt"
+        self.bad_batch = path / "bad_batch.json"
         self.done = path / "done.json"
         self.state = path / "state.pt"
         self.state_before = path / "state.before.pt"
@@ -207,6 +265,13 @@ class FoldFolder:
     def begun(self) -> bool:
         """True when a state of unfinished training is there."""
         return not self.done.exists() and (self.state.exists() or self.state_before.exists())
+
+    def blame(self, ids: Iterable[str], about: Mapping[str, float]) -> str:
+        """Write the ids of a step that is not finite, and what is known of it; return words that name them."""
+        named = [str(name) for name in ids]
+        told = {key: value if math.isfinite(value) else str(value) for key, value in about.items()}
+        write_json(self.bad_batch, {**told, "ids": named})
+        return f"; its rows are {', '.join(named[:3])}{', ...' if len(named) > 3 else ''}, all in {self.bad_batch}"
 
     def drop_state(self) -> None:
         """Remove the state, of no use once the fold is finished."""
@@ -244,6 +309,8 @@ def claim(
     before: dict[str, Any] = read_json(folder.manifest) if folder.manifest.exists() else {}
     known: dict[str, str] = before.get("fingerprints", {})
     changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
+    if known and ("classical" in known) != ("classical" in marks):
+        changed.append("kind of model")
     if changed and restart:
         shutil.rmtree(folder.path)
     elif changed and (folder.finished_folds() or folder.begun_folds()):

@@ -6,8 +6,11 @@ import os
 import random
 import signal
 import threading
+import traceback
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +23,19 @@ if TYPE_CHECKING:
 __all__ = [
     "Runtime",
     "Stopper",
+    "check_devices",
+    "choose_devices",
+    "is_ours",
     "open_runtime",
     "random_state",
     "release_memory",
     "seed_everything",
     "set_random_state",
+    "visible_devices",
 ]
+
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -45,20 +55,75 @@ class Runtime:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(self.device.type, dtype=dtype)
 
+    def halve_linear_(self, module: torch.nn.Module) -> None:
+        """Keep the weights of linear layers in the type that `autocast` computes in. Not for a model to be trained.
+
+        The same numbers in half the memory, and no weight is cast anew for every batch.
+        """
+        import torch
+
+        if self.precision == "fp32":
+            return
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        for own in module.modules():
+            if type(own) is torch.nn.Linear:
+                own.to(dtype)
+
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Return the loss scaler: working for fp16, a pass-through for the others."""
         import torch
 
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
+    @property
+    def kind(self) -> str:
+        """The kind of device and the precision: what a prediction depends on."""
+        import torch
+
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return f"{name}, {self.precision}"
+
     def describe(self) -> str:
         import torch
 
-        if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
         if self.device.type == "cpu":
             return f"CPU ({torch.get_num_threads()} threads), {self.precision}"
-        return f"{self.device.type}, {self.precision}"
+        return self.kind
+
+
+def choose_devices(workers: int | None = None, names: str | None = None) -> list[str] | None:
+    """Read --workers and --devices; return the devices, one per worker process, or None where neither is given.
+
+    `names`: "cuda:0,cuda:1,cpu". `workers`: so many of the visible GPUs, over and over if there are fewer; without a
+    GPU so many processes on the CPU. Raises ValueError when both are given.
+    """
+    if names is not None:
+        if workers is not None:
+            raise ValueError("--devices names one device a worker; leave out --workers")
+        return [name.strip() for name in names.split(",")]
+    if workers is None:
+        return None
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least 1 is needed")
+    there = visible_devices()
+    return [there[number % len(there)] for number in range(workers)]
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise ValueError unless every device is one of this machine's."""
+    allowed = list(dict.fromkeys([*visible_devices(), "cpu"]))
+    absent = [device for device in devices if device not in allowed]
+    if absent or not devices:
+        raise ValueError(f"device '{absent[0] if absent else ''}' is not there; this machine has {', '.join(allowed)}")
+
+
+def visible_devices() -> list[str]:
+    """Return every GPU as "cuda:0", ..., or "mps", or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["mps" if torch.backends.mps.is_available() else "cpu"]
 
 
 def open_runtime(precision: str = "auto", device: str | None = None) -> Runtime:
@@ -70,6 +135,8 @@ def open_runtime(precision: str = "auto", device: str | None = None) -> Runtime:
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision '{precision}': allowed are {', '.join(PRECISIONS)}")
     place = torch.device(device)
     if place.type == "cuda":
         fault = kernel_fault(torch.cuda.get_arch_list(), torch.cuda.get_device_capability(place))
@@ -145,6 +212,12 @@ class Stopper:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def is_ours(fault: BaseException) -> bool:
+    """Tell whether `comp` itself raised it: a ValueError out of a library is a bug of ours, and keeps its traceback."""
+    frames = traceback.extract_tb(fault.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def release_memory() -> None:

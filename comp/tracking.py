@@ -1,6 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl always, Weights & Biases when it is wanted and there.
 
-No tracker stops a training: a fault while logging is warned of once and passed over.
+No tracker stops a training: a fault while logging is warned of once and passed over, but for a full disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
 from comp.config import Tracking
-from comp.runs import now
+from comp.runs import disk_is_full, now
 
 __all__ = [
     "JsonlTracker",
@@ -27,11 +27,13 @@ __all__ = [
     "WandbTracker",
     "open_tracker",
     "wandb_mode",
+    "without_secrets",
 ]
 
 Mode: TypeAlias = Literal["online", "offline", "off"]
 
 INIT_TIMEOUT = 20  # seconds; with a key and no network W&B's own default waits 101 s
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD")
 LOGIN_HINT = "set WANDB_API_KEY or run `wandb login`"
 
 
@@ -151,6 +153,8 @@ class Trackers:
             try:
                 call(tracker)
             except Exception as fault:
+                if disk_is_full(fault, Path.cwd()):
+                    raise  # lines would be missing: training stops, and goes on where there is room
                 if id(tracker) not in self._warned:
                     self._warned.add(id(tracker))
                     _warn(
@@ -174,7 +178,18 @@ class Trackers:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(without_secrets(message), RuntimeWarning, stacklevel=3)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text with the values of this process's keys, tokens and passwords as ***: other people's errors go here.
+
+    A secret is an environment variable of 8 letters or more whose name says so.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= 8 and any(word in name.upper() for word in SECRET):
+            text = text.replace(value, "***")
+    return text
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------

@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import random
+import shutil
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,3 +356,102 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run the test with an empty folder of its own as the current directory; return it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Return `call("train", "--config", ...)`: the command line in this process -> (exit status, stdout, stderr)."""
+    from comp import cli
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["comp", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
+    return command
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder after a first hour: data/, model/, tiny.yaml, folds/, runs/tiny, submissions/tiny.csv."""
+    import yaml
+
+    from comp import config_file
+    from comp.ship.infer import infer
+    from comp.training import crossval
+
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        competition = write_tiny_competition(Path("data"), "binary")
+        write_tiny_model(Path("model"), "bert")
+        Path("tiny.yaml").write_text(yaml.safe_dump(competition.config("model")))
+        config = config_file.load("tiny.yaml")
+        crossval.run(config, "tiny", say=lambda line: None)
+        infer(["runs/tiny"], say=lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def here(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the test in a copy of `finished`; return it."""
+    folder = tmp_path / "here"
+    shutil.copytree(finished, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return path -> digest of every file and folder in it, but for the caches, which hold nothing of one's own."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+        if ".cache" not in path.parts
+    }
+
+
+@pytest.fixture
+def refuses(here: Path, call: Call) -> Callable[..., str]:
+    """Return `refuses(arguments, words)`: status 2, one message with all the words, nothing written."""
+
+    def check(arguments: Sequence[str], words: Sequence[str]) -> str:
+        before = contents(here)
+        status, _, err = call(*arguments)
+        assert status == 2, err
+        assert "Traceback" not in err
+        assert sum(line.startswith(("comp: ", "Error: ")) for line in err.splitlines()) == 1, err
+        for word in words:
+            assert word in err, err
+        after = contents(here)
+        assert after == before, {name for name in {*before, *after} if before.get(name) != after.get(name)}
+        return err
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count the bad inputs that were tried (marker bad_input)."""
+    tried = {
+        outcome: sum("bad_input" in report.keywords and report.when == "call" for report in reports)
+        for outcome, reports in terminalreporter.stats.items()
+        if outcome in ("passed", "failed")
+    }
+    total = sum(tried.values())
+    if total:
+        terminalreporter.write_line(
+            f"bad input: {total} tried, {tried.get('passed', 0)} refused or read as they should"
+        )

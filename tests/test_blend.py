@@ -189,6 +189,25 @@ def test_what_is_fitted_never_sees_the_fold_it_is_scored_on(method: str) -> None
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("name", [name for name in CALIBRATORS if name != "none"])
+def test_calibration_never_sees_the_fold_it_is_scored_on(name: str) -> None:
+    """A mean fits nothing, so whatever changes is the calibration's: outside fold 2, and not in it."""
+    metrics = {"grade_thresholds": "qwk", "thresholds": "f1_macro", "isotonic": "log_loss", "temperature": "log_loss"}
+    problem = PROBLEMS["ordinal"]() if name == "grade_thresholds" else classes("binary", metrics[name])
+    fold = FOLD[: len(problem.targets)]
+    recipe = Recipe("mean", None, name)
+    assert recipe.fitted
+    first = cross_fit(problem, fold, recipe)
+    targets = problem.targets.copy()
+    targets[fold == 2] = np.random.default_rng(9).permutation(targets[fold == 2])[::-1]
+    targets[fold == 2] = targets[fold == 2].max() - targets[fold == 2]
+    second = cross_fit(Problem(problem.preds, targets, problem.kind, problem.metric), fold, recipe)
+    assert np.array_equal(first[fold == 2], second[fold == 2])
+    assert not np.array_equal(first, second)
+    _, report = examine(Stub(problem, fold), recipe)
+    assert report.crossfit == pytest.approx(problem.score(first)) and report.gap is not None
+
+
 @pytest.mark.parametrize("method", FITTED)
 def test_noise_is_not_believed(method: str) -> None:
     """Twenty runs of noise: fitted weights find something in it, cross-fitted ones must not."""
@@ -325,7 +344,7 @@ def test_from_runs_to_a_submission(kind: str, trained: Callable[..., TinyCompeti
 
 
 def test_rows_stack_calibration_and_fewer_rows(trained: Callable[..., TinyCompetition]) -> None:
-    trained()
+    competition = trained()
     said = command(
         "blend", *RUNS, "--method", "stack", "--option", "estimator=sklearn.svm.SVR", "--option", "C=0.3",
         "--calibration", "isotonic", "--rows", "target > 0",
@@ -339,6 +358,18 @@ def test_rows_stack_calibration_and_fewer_rows(trained: Callable[..., TinyCompet
         gather(["runs/a"], rows="nothing > 1")
     with pytest.raises(ValueError, match="no rows in common that fit --rows 'target > 1e9'"):
         gather(["runs/a"], rows="target > 1e9")
+    # a column that no model reads: only rows of the target domain are fitted to and scored
+    frame = pd.read_csv(competition.train, dtype=str)
+    frame["source"] = ["web" if place % 3 else "book" for place in range(len(frame))]
+    frame.to_csv(competition.train, index=False)
+    said = command("blend", *RUNS, "--method", "slsqp", "--rows", "source == 'book'", "--name", "books")
+    assert "rmse of the blend, 20 rows" in said
+    books = gather(["runs/a", "runs/b", "runs/c"], rows="source == 'book'")
+    assert sorted(books.ids) == sorted(frame["id"][frame["source"] == "book"])
+    assert (
+        read_blend("blends/books").parameters["blend"]["weights"]
+        == Recipe("slsqp").fit(books.problem)["blend"]["weights"]
+    ), "of the rows that are chosen, and no others"
 
 
 def test_a_run_that_weighs_nothing_need_not_predict(trained: Callable[..., TinyCompetition]) -> None:
@@ -370,8 +401,12 @@ def test_what_cannot_be_blended_is_refused(trained: Callable[..., TinyCompetitio
         with pytest.raises(ValueError, match=message):
             gather(runs, **options)
     crossval.run(config_file.load("tiny.yaml", ["folds.seed=9", "folds.name=other"]), "other", say=lambda line: None)
-    with pytest.raises(ValueError, match=r"were trained on different folds \(.*use --method mean, rank_mean or"):
+    own, theirs = (json.loads(Path(f"folds/{name}.json").read_text())["folds"] for name in ("tiny-regression", "other"))
+    refused = rf"were trained on different folds \({own} and {theirs}\).*use --method mean, rank_mean or"
+    with pytest.raises(ValueError, match=refused):
         command("blend", "--run", "runs/a", "--run", "runs/other", "--method", "ridge")
+    with pytest.raises(ValueError, match=refused):  # a mean fits nothing, but what calibrates it does
+        command("blend", "--run", "runs/a", "--run", "runs/other", "--calibration", "isotonic")
     assert "cross-fitted" in command("blend", "--run", "runs/a", "--run", "runs/other", "--method", "mean")
     crossval.run(config_file.load("tiny.yaml", ["metric=mae"]), "metric", say=lambda line: None)
     with pytest.raises(ValueError, match="differ in their metric: rmse and mae"):

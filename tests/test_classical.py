@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from comp import config_file, load
 from comp.blend.classical import ESTIMATORS, Fit, run_classical
 from comp.blend.ensemble import one_hot
-from comp.blend.features import FEATURES, Source, parse_features, transform
+from comp.blend.features import FEATURES, Source, parse_features, transform, write_features
 from comp.cli import app
 from comp.data.tables import read_train
 from comp.model.backbone import load_backbone, load_tokenizer
@@ -115,6 +115,49 @@ def test_embeddings_of_a_run_are_each_folds_own(setup: Callable[..., Any], monke
     assert found[[ids.index(name) for name in rows["id"]], 0] == pytest.approx(
         rows["pred_main_target"].to_numpy(), abs=1e-3
     )
+
+
+def test_a_run_on_other_folds_is_refused(setup: Callable[..., Any]) -> None:
+    """Its models saw rows that are held out here."""
+    config, _ = setup()
+    crossval.run(config_file.load("tiny.yaml", ["folds.seed=9", "folds.name=other"]), "other", say=SAID.append)
+    mark = json.loads(Path("folds/other.json").read_text())["folds"]
+    with pytest.raises(ValueError, match=rf"'run:other' were trained on different folds \({mark}\) than these \("):
+        fitted(config, "no", ["run:other"])
+    with pytest.raises(ValueError, match="'run:other' were trained on different folds"):
+        write_features(config, ["run:other"], say=SAID.append)
+
+
+def test_a_table_of_features_holds_each_row_by_its_own_fold(setup: Callable[..., Any]) -> None:
+    config, _ = setup(optimizer={"lr": 1e-3})
+    crossval.run(config, "tuned", save_every="never", say=lambda line: None)
+    command = ["features", "--config", "tiny.yaml", "--features", "run:tuned", "--features", "statistics"]
+    found = CliRunner().invoke(app, [*command, "--out", "features.parquet"])
+    assert found.exit_code == 0, found.exception
+    assert "fold 1 run:tuned: 60 rows x 32 columns; runs/.cache/features/" in found.output
+    assert "wrote features.parquet: 60 held-out rows x 45 columns, each by its own fold" in found.output
+    assert len(list(Path("runs/.cache/features").glob("*.npy"))) == 3, "two folds of the run, one of the statistics"
+    table = pd.read_parquet("features.parquet")
+    rows = pd.read_parquet("runs/tuned/oof.parquet").set_index("id")
+    assert (
+        sorted(table["id"]) == sorted(rows.index) and (table["fold"] == rows.loc[table["id"], "fold"].to_numpy()).all()
+    )
+    ids = list(source_of(config).table.ids)
+    for fold, part in table.groupby("fold"):
+        training = np.array([place for place, name in enumerate(ids) if rows.loc[name, "fold"] != fold])
+        matrix, _ = transform(source_of(config, fold), [("run", "tuned")], training=training)
+        expected = matrix.toarray()[[ids.index(name) for name in part["id"]]]
+        assert part[[f"run:tuned_{place}" for place in range(32)]].to_numpy() == pytest.approx(expected, abs=1e-5)
+    said = (
+        CliRunner().invoke(app, ["features", "--config", "tiny.yaml", "--features", "tfidf", "--fold", "full"]).output
+    )
+    assert "fold full tfidf: 60 rows x " in said and "not kept, it is fast" in said
+    for words, message in (
+        (["--features", "tfidf", "--out", "f.parquet"], "tfidf has other words, and so other columns, in every fold"),
+        (["--out", "f.csv"], "--out 'f.csv': a .parquet file of held-out rows, which --fold full has not"),
+        (["--out", "f.parquet", "--fold", "full"], "which --fold full has not"),
+    ):
+        assert message in str(CliRunner().invoke(app, [*command, *words]).exception)
 
 
 def test_names_of_features() -> None:

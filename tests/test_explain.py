@@ -27,10 +27,9 @@ from comp.model.backbone import load_tokenizer
 from comp.ship import explain_page
 from comp.ship.explain import Explanation, Word, explain_rows, sample_rows
 from comp.ship.explain_page import explain, sum_words
-from comp.ship.infer import load
+from comp.ship.loaded import load
 from comp.ship.report_page import Marked, Page, Panel, render_html, render_text
 from comp.training import crossval
-from comp.training.checkpoint import load_weights
 
 CUTS: list[dict[str, Any]] = [
     {"max_length": 64},
@@ -136,8 +135,8 @@ def test_weights_are_those_of_a_plain_sum(home: Path, captum: None) -> None:
     run = load("runs/plain", precision="fp32")
     (one,) = explain_rows("runs/plain", [name := sample_rows("runs/plain", 1)[0]])
     tokenizer = load_tokenizer("runs/plain/backbone")
-    model = run.build(tokenizer)
-    load_weights(run.weights_of(one.fold), model)
+    model = run.build()
+    run.fill(model, one.fold)
     table = read_train(config_of("plain").competition, config_of("plain").tasks)
     text = table.texts[0][list(table.ids).index(name)]
     given = tokenizer(text, return_tensors="pt", return_special_tokens_mask=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,16 +14,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
-from conftest import TinyCompetition
+from conftest import TINY_MODELS, TinyCompetition
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from comp import config_file, load
 from comp.blend.crossfit import read_blend
 from comp.cli import app
+from comp.data import tokens
+from comp.data.batches import collate
+from comp.data.tables import read_test
+from comp.data.tokens import encode
+from comp.model.backbone import load_tokenizer
+from comp.model.text_model import build_model
+from comp.runtime import Runtime
 from comp.ship import infer as ship
+from comp.ship import loaded
 from comp.ship.jobs import Job, Jobs, parse_duration
-from comp.training import crossval, predict
+from comp.ship.workers import Alone, Crew
+from comp.training import checkpoint, crossval
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
 
@@ -119,23 +134,170 @@ def forget() -> None:
         file.unlink()
 
 
-def test_order_of_rows_runs_and_size_of_batches_change_nothing(
+def test_order_of_rows_and_runs_size_of_batches_and_number_of_workers_change_nothing(
     trained: TinyCompetition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = submitted(*both())
-    blended = submitted("--blend", "blends/blend")
-    forget()
-    assert submitted("--run", "runs/b", "--run", "runs/a").to_numpy() == pytest.approx(first.to_numpy(), abs=1e-6)
-    real = predict.sorted_batches
-    for rows in (1, 7):
-        forget()
-        monkeypatch.setattr(predict, "sorted_batches", lambda lengths, rows=rows: real(lengths, max_rows=rows))
-        assert submitted(*both()).to_numpy() == pytest.approx(first.to_numpy(), abs=1e-6)
-    monkeypatch.setattr(predict, "sorted_batches", real)
+    """Within 1e-6, against the mean of fold models that see each text alone."""
     test = pd.read_csv(trained.test, dtype=str)
-    test.sample(frac=1, random_state=3).to_csv("shuffled.csv", index=False)
-    turned = submitted("--blend", "blends/blend", "--test", "shuffled.csv")
-    assert turned.loc[blended.index].to_numpy() == pytest.approx(blended.to_numpy(), abs=1e-6)
+    runs, blend = ["runs/a", "runs/b"], read_blend("blends/blend")
+    each = {run: np.mean([alone(run, fold, test) for fold in (0, 1)], axis=0) for run in runs}
+    mean = pd.Series(np.mean(list(each.values()), axis=0), test["id"])
+    blended = pd.Series(blend.apply(np.stack([each[run][:, None] for run in blend.runs]))[:, 0], test["id"])
+    crew = Crew(["cpu", "cpu", "cpu"])
+    close, crew.close = crew.close, lambda: None
+    shares: list[int] = []
+
+    @settings(max_examples=12, deadline=None)
+    @given(
+        order=st.permutations(range(len(test))),
+        turned=st.booleans(),
+        batch_tokens=st.sampled_from([1, 40, 200, 2048]),
+        workers=st.sampled_from([1, 2, 3]),
+        applied=st.booleans(),
+    )
+    def holds(order: list[int], turned: bool, batch_tokens: int, workers: int, applied: bool) -> None:
+        forget()
+        some = Crew.__new__(Crew)
+        some.workers, some.close = crew.workers[:workers], lambda: None
+        monkeypatch.setattr(ship, "crew_of", lambda run, num_texts: some if workers > 1 else Alone())
+        test.iloc[list(order)].to_csv("shuffled.csv", index=False)
+        which = {"blend": blend} if applied else {"runs": runs[::-1] if turned else runs}
+        devices = ["cpu"] * workers
+        path = ship.infer(
+            **which, test="shuffled.csv", out="out.csv", batch_tokens=batch_tokens, devices=devices, say=str
+        )
+        found = pd.read_csv(path, dtype={"id": str}).set_index("id")["target"]
+        assert list(found.index) == list(test["id"].iloc[list(order)])
+        expected = blended if applied else mean
+        assert found.to_numpy() == pytest.approx(expected[found.index].to_numpy(), abs=1e-6)
+        content = load("runs/a", batch_tokens=batch_tokens).read(read_test("shuffled.csv", blend_config()))
+        shares.append(len(load("runs/a", batch_tokens=batch_tokens).shares(content, 24)))
+
+    try:
+        holds()
+    finally:
+        close()
+    assert max(shares) >= 10, "rows are really shared out"
+
+
+def alone(run: str, fold: int, test: pd.DataFrame) -> np.ndarray:
+    """Return what a fold model says to each text alone."""
+    return load(run, folds=[fold], batch_tokens=1).predict(test)["target"].to_numpy()
+
+
+def blend_config() -> Any:
+    return config_file.load("tiny.yaml").competition
+
+
+def test_worker_processes_of_the_command(trained: TinyCompetition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as one process, each model kept whichever way, a budget heeded."""
+    one = submitted(*both(), "--batch-tokens", "64")
+    forget()
+    two = submitted(*both(), "--batch-tokens", "64", "--workers", "2")
+    assert two.equals(one)
+    monkeypatch.setattr(ship, "crew_of", None)
+    assert submitted(*both(), "--batch-tokens", "64").equals(one), "all four are kept, whoever predicted"
+    for words, message in (
+        (["--workers", "0"], "--workers 0: at least 1 is needed"),
+        (["--workers", "2", "--devices", "cpu"], "--devices names one device a worker; leave out --workers"),
+        (["--devices", "cpu,cuda:7"], "device 'cuda:7' is not there; this machine has "),
+        (["--batch-tokens", "0"], "batch_tokens 0: at least 1 is needed"),
+    ):
+        refused = CliRunner().invoke(app, ["infer", *both(), *words])
+        assert isinstance(refused.exception, ValueError) and message in str(refused.exception)
+
+
+def test_a_killed_call_with_workers_goes_on_and_leaves_what_is_finished(
+    trained: TinyCompetition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = submitted(*both(), "--batch-tokens", "64")
+    forget()
+    Path("out.csv").unlink()
+    real, asked = Crew.predict, []
+
+    def dies(self: Crew, *words: Any) -> Any:
+        asked.append(words[1])
+        if len(asked) == 3:
+            os.kill(self.workers[1].pid, signal.SIGKILL)
+        return real(self, *words)
+
+    monkeypatch.setattr(Crew, "predict", dies)
+    words = [*both(), "--batch-tokens", "64", "--workers", "2", "--time-budget", "8h", "--out", "out.csv"]
+    found = CliRunner().invoke(app, ["infer", *words])
+    assert found.exit_code == 1
+    assert "comp: the worker on cpu ended by SIGKILL, which is often the system's answer to too little" in found.output
+    assert "the same command goes on, with --workers 1 in one process" in found.output
+    assert [run["models"] for run in json.loads(Path("out.json").read_text())["runs"]] == [2, 0]
+    assert pd.read_csv("out.csv")["target"].notna().all()
+    assert submitted(*words[:-2]).equals(whole)
+    assert len(asked) == 5, "two of four models were there"
+
+
+def test_texts_are_tokenized_once_per_tokenizer(trained: TinyCompetition, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a and c differ in length, a and b in the pooler; the cache cannot be written, and is not needed."""
+    crossval.run(config_file.load("tiny.yaml", ["model.max_length=20"]), "c", save_every="never", say=str)
+    shutil.rmtree("runs/.cache")
+    Path("runs/.cache").write_text("a file, so that no folder can be made here")
+    real, calls = tokens._tokenize, []
+    monkeypatch.setattr(tokens, "_tokenize", lambda *words: calls.append(1) or real(*words))
+    with pytest.warns(UserWarning, match="nothing is kept in runs/.cache/predictions: "):
+        found = submitted(*both(), "--run", "runs/c")
+    assert len(calls) == 1
+    test = pd.read_csv(trained.test, dtype=str)
+    each = [load(f"runs/{name}").predict(test)["target"].to_numpy() for name in "abc"]
+    assert len(calls) == 1 + 3
+    assert found[test["id"]].to_numpy() == pytest.approx(np.mean(each, axis=0), abs=1e-6)
+
+
+def test_too_little_memory_is_said(trained: TinyCompetition, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*words: Any, **options: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loaded, "predict", full)
+    with pytest.raises(
+        ValueError, match="runs/a: cpu has too little memory for batches of 2,048 tokens; use a smaller"
+    ):
+        load("runs/a").predict(pd.read_csv(trained.test, dtype=str))
+
+
+def test_weights_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices cut into rows, vectors, numbers, tensors of nothing; a cut file is refused."""
+
+    def made() -> torch.nn.Module:
+        model = torch.nn.Sequential(torch.nn.Linear(30, 70), torch.nn.BatchNorm1d(70))
+        model.register_buffer("nothing", torch.zeros(0, 4))
+        model[1].num_batches_tracked += torch.randint(1, 100, ())
+        return model
+
+    monkeypatch.setattr(checkpoint, "PIECE", 100)
+    one, two, half = made(), made(), made().to(torch.bfloat16)
+    checkpoint.save_weights(tmp_path / "w.safetensors", one)
+    checkpoint.load_weights(tmp_path / "w.safetensors", two)
+    checkpoint.load_weights(tmp_path / "w.safetensors", half)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, two.state_dict()[name])
+        assert torch.equal(tensor.to(half.state_dict()[name].dtype), half.state_dict()[name])
+    raw = (tmp_path / "w.safetensors").read_bytes()
+    (tmp_path / "w.safetensors").write_bytes(raw[:-50])
+    with pytest.raises(ValueError, match="cannot be read .*; train the fold again with --restart"):
+        checkpoint.load_weights(tmp_path / "w.safetensors", two)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_halved_linear_layers_give_the_bits_of_autocast(name: str, tiny_model_folder: Callable[..., Path]) -> None:
+    folder = str(tiny_model_folder(name))
+    tokenizer = load_tokenizer(folder)
+    runtime = Runtime(torch.device("cpu"), "bf16")
+    model = build_model(folder, tokenizer, pretrained=True, pooler={"name": "mean"}, heads={"main": 1}, max_length=32)
+    encoded = encode(tokenizer, [["the ship was golden", "a dull tram on the bridge"]], max_length=32, cache=None)
+    outputs = []
+    for _ in range(2):
+        with torch.inference_mode(), runtime.autocast():
+            outputs.append(model.eval()(collate(encoded, np.arange(2)))["main"])
+        runtime.halve_linear_(model.backbone)
+    assert torch.equal(*outputs)
+    assert any(module.weight.dtype == torch.bfloat16 for module in model.modules() if type(module) is torch.nn.Linear)
+    assert model.heads["main"].weight.dtype == torch.float32
 
 
 def test_a_full_data_model_counts_as_any_other_model(trained: TinyCompetition) -> None:
@@ -145,14 +307,20 @@ def test_a_full_data_model_counts_as_any_other_model(trained: TinyCompetition) -
     assert found == pytest.approx(np.mean(each, axis=0), abs=1e-5)
     alone = submitted("--run", "runs/a", "--fold", "full").loc[test["id"]].to_numpy()
     assert alone == pytest.approx(each[2], abs=1e-5)
-    refused = CliRunner().invoke(app, ["infer", "--run", "runs/a", "--fold", "0,0"])
-    assert "allowed are full, numbers like 0,2, or both like 0,1,full" in str(refused.exception)
+    assert (
+        submitted("--run", "runs/a", "--fold", "all,full")
+        .loc[test["id"]]
+        .equals(submitted("--run", "runs/a", "--fold", "0,1,full").loc[test["id"]])
+    )
+    for wrong in ("0,0", "all,0", "x", ""):
+        refused = CliRunner().invoke(app, ["infer", "--run", "runs/a", "--fold", wrong])
+        assert "allowed are all, full, numbers like 0,2, or several like all,full" in str(refused.exception)
 
 
 def test_a_killed_call_goes_on(trained: TinyCompetition, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = submitted(*both())
     forget()
-    real, calls = ship.predict, []
+    real, calls = loaded.predict, []
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -160,7 +328,7 @@ def test_a_killed_call_goes_on(trained: TinyCompetition, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(ship, "predict", counted)
+    monkeypatch.setattr(loaded, "predict", counted)
     CliRunner().invoke(app, ["infer", *both(), "--out", "out.csv"])
     assert len(calls) == 3
     assert submitted(*both()).to_numpy() == pytest.approx(whole.to_numpy(), abs=1e-12)
@@ -178,14 +346,14 @@ def test_a_time_budget_leaves_a_valid_file_and_says_what_it_left_out(
     now = [0.0]
     monkeypatch.setattr(ship.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(ship, "Jobs", partial(Jobs, clock=lambda: now[0]))
-    real, files = ship.predict, []
+    real, files = loaded.predict, []
 
     def slow(*args: Any, **options: Any) -> Any:
         files.append(Path("out.csv").exists())
         now[0] += 100.0
         return real(*args, **options)
 
-    monkeypatch.setattr(ship, "predict", slow)
+    monkeypatch.setattr(loaded, "predict", slow)
     said = CliRunner().invoke(app, ["infer", "--blend", "blends/blend", "--time-budget", "240s", "--out", "out.csv"])
     assert said.exit_code == 0, said.exception
     assert files == [False, True], "the file is written after every model"

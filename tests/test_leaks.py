@@ -14,9 +14,10 @@ from conftest import TinyCompetition
 from typer.testing import CliRunner
 
 from comp import config_file
+from comp.blend.classical import run_classical
 from comp.cli import app
 from comp.config import Competition, Task
-from comp.data.leaks import LEAKS, NEAR, WORDS, Evidence, Leak, leak_table, lint, too_good
+from comp.data.leaks import LEAKS, NEAR, WORDS, Evidence, Leak, OutOfFold, alike, better_than_can_be, leak_table, lint
 from comp.data.tables import Table, read_test, read_train, table_of
 from comp.training import crossval
 
@@ -55,6 +56,10 @@ def planted(rule: str) -> Evidence:
         return Evidence(table(CLEAN), table(["new", "newer"], test=True, id=["x", "r2"]), FOLD)
     if rule == "split_groups":
         return Evidence(table(CLEAN, author=["a", "a", "b", "c"]), fold=FOLD, group="author")
+    if rule == "too_good":
+        truth = np.arange(4.0)[:, None]
+        runs = OutOfFold("good", "regression", truth, truth[::-1]), OutOfFold("leaky", "regression", truth, 2 * truth)
+        return Evidence(table(CLEAN), fold=FOLD, runs=runs)
     assert rule == "target_in_text"
     return Evidence(table([CLEAN, ["low", "high", "low", "high"]], target=["0", "1", "0", "1"]), fold=FOLD)
 
@@ -122,6 +127,15 @@ def test_nearly_the_same_is_the_jaccard_index_of_runs_of_words() -> None:
     assert (leak.rule, leak.count) == ("near_copies", expected)
 
 
+def test_rows_alike_those_of_another_table_or_earlier_ones() -> None:
+    others = table(["new", " two TEXTS here", NEARLY, "short text"], test=True)
+    equal, near = alike(others, table(CLEAN))
+    assert equal.tolist() == [False, True, False, False] and near.tolist() == [False, False, True, False]
+    own = table(["one", LONG, "One", NEARLY, LONG])
+    equal, near = alike(own, own)
+    assert equal.tolist() == [False, False, True, False, True] and near.tolist() == [False, False, False, True, False]
+
+
 def test_a_text_that_is_the_target_itself() -> None:
     numbers = [f"{n * 0.37:g}" for n in range(60)]
     found = lint(Evidence(table([[f"text {n} of many words" for n in range(60)], numbers], target=numbers)), cache=None)
@@ -133,11 +147,37 @@ def test_a_text_that_is_the_target_itself() -> None:
 def test_too_good_to_be_true() -> None:
     draw = np.random.default_rng(0)
     truth = draw.normal(size=(200, 1))
-    assert too_good("regression", truth, truth + 0.5 * draw.normal(size=(200, 1))) is None
-    assert "(pearson 0.99" in str(too_good("regression", truth, truth + 0.01 * draw.normal(size=(200, 1))))
+
+    def found(kind: str, targets: np.ndarray, preds: np.ndarray) -> str:
+        return str(better_than_can_be([OutOfFold("a", kind, targets, preds)]))
+
+    assert found("regression", truth, truth + 0.5 * draw.normal(size=(200, 1))) == "None"
+    assert "than they can be: a (pearson 0.99" in found("regression", truth, truth + 0.01 * draw.normal(size=(200, 1)))
     labels = (truth > 0).astype(float)
-    assert "(roc_auc 1.00000, above 0.9999)" in str(too_good("binary", labels, 0.5 + labels / 4))
-    assert too_good("binary", labels * 0, labels) is None
+    assert "a (roc_auc 1.00000, above 0.9999); look for the target" in found("binary", labels, 0.5 + labels / 4)
+    assert found("binary", labels * 0, labels) == "None"
+
+
+def test_a_blend_and_lint_doubt_a_run_that_is_too_good(
+    isolated: Path, tiny_competition: Callable[..., TinyCompetition], tiny_model_folder: Callable[..., Path]
+) -> None:
+    data = tiny_competition().config(tiny_model_folder("bert"))
+    (isolated / "tiny.yaml").write_text(yaml.safe_dump(data))
+    config = config_file.load("tiny.yaml")
+    for name in ("honest", "leaky"):
+        run_classical(config, name, features=["tfidf"], estimator="ridge", options={"alpha": 1}, say=str)
+    rows = pd.read_parquet("runs/leaky/oof.parquet")
+    rows["pred_main_target"] = rows["target_main_target"] * 2 + 1
+    rows.to_parquet("runs/leaky/oof.parquet")
+    runs = ["--run", "runs/honest", "--run", "runs/leaky"]
+    said = CliRunner().invoke(app, ["blend", *runs]).output
+    assert "warning: leak: out-of-fold predictions are better than they can be: leaky (pearson 1.00000" in said
+    assert "honest (" not in said
+    table = CliRunner().invoke(app, ["lint", "--config", "tiny.yaml", *runs]).output
+    assert "too_good               1  out-of-fold rows better than they can be" in table
+    Path("tiny-regression/train.csv").unlink()
+    said = CliRunner().invoke(app, ["blend", *runs]).output
+    assert "warning: leaks are not looked for in the tables: " in said and "be: leaky (pearson" in said
 
 
 def test_the_commands_and_a_run_say_it(

@@ -48,7 +48,21 @@ def test_every_seed_is_a_run_of_its_own(
     assert written["best"]["std"] == pytest.approx(np.std(pooled, ddof=1))
     assert f"mean            {np.mean(pooled):>10.5f}" in found.output
     one, two = (pd.read_parquet(f"runs/tiny-seed{seed}/oof.parquet") for seed in (0, 7))
+    assert (one["seed"] == 0).all() and (two["seed"] == 7).all()
+    marks = read_json(RunFolder("runs/tiny-seed7").manifest)["fingerprints"]
+    assert two.attrs["fingerprints"] == marks and set(marks) == {"config", "data", "folds"}
     assert (one["id"] == two["id"]).all() and (one["fold"] == two["fold"]).all()
     assert not np.allclose(one["pred_main_target"], two["pred_main_target"])
     again = CliRunner().invoke(app, ["train", "--config", "tiny.yaml", "--seeds", "0,7,8"], catch_exceptions=False)
     assert again.output.count("finished before, skipped") == 4
+    listed = CliRunner().invoke(app, ["oof"], catch_exceptions=False).output.splitlines()
+    assert [line.split()[0] for line in listed[1:]] == ["tiny-seed0", "tiny-seed7", "tiny-seed8", "tiny"]
+    bag = listed[-1].split()
+    three = [pd.read_parquet(f"runs/tiny-seed{seed}/oof.parquet").set_index("id") for seed in (0, 7, 8)]
+    mean = np.mean([own.loc[three[0].index, "pred_main_target"] for own in three], axis=0)
+    score = np.sqrt(((mean - three[0]["target_main_target"]) ** 2).mean())
+    assert float(bag[2]) == pytest.approx(score, abs=6e-6) and bag[4] == "-"
+    assert listed[-1].endswith("mean of 3 runs, seeds 0, 7, 8")
+    assert float(listed[1].split()[5]) == pytest.approx(
+        read_json(RunFolder("runs/tiny-seed0").scores)["keep_best_flatters"], abs=6e-6
+    )

@@ -359,29 +359,6 @@ def test_a_damaged_gather_is_noticed(setup: Setup) -> None:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def command(
-    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    from comp import cli
-
-    monkeypatch.setattr(sys, "argv", ["comp", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out = capsys.readouterr()
-    return status, out.out, out.err
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    import warnings
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
-    return lambda *arguments: command(*arguments, capsys=capsys, monkeypatch=monkeypatch)
-
-
 def test_the_first_hour_of_a_competitor(setup: Setup, call: Callable[..., tuple[int, str, str]]) -> None:
     _, competition = setup("binary")
     assert call("config", "check", "tiny.yaml")[:2] == (0, "tiny.yaml: ok\n")
@@ -430,7 +407,7 @@ def test_debug_is_the_same_path_with_few_rows(setup: Setup, call: Callable[..., 
     [
         (["train", "--config", "nothing.yaml"], "config file 'nothing.yaml' not found"),
         (["train", "--config", "tiny.yaml", "--fold", "7"], "allowed are all, full, or numbers 0 to 1"),
-        (["train", "--config", "tiny.yaml", "--run", "a/b"], "without slashes"),
+        (["train", "--config", "tiny.yaml", "--run", "a/b"], "a folder inside runs/"),
         (["train", "--config", "tiny.yaml", "--set", "competition.train=gone.csv"], "no such file"),
         (["train", "--config", "tiny.yaml", "--set", "competition.text=txet"], "did you mean 'text'?"),
         (["train", "--config", "tiny.yaml", "--set", "tasks.0.targets=[nope]"], "no column 'nope'"),
@@ -440,7 +417,7 @@ def test_debug_is_the_same_path_with_few_rows(setup: Setup, call: Callable[..., 
         (["config", "check", "tiny.yaml", "--set", "metric=auc"], "unknown metric 'auc'"),
         (["config", "show", "tiny.yaml", "--set", "trainig.epochs=2"], "did you mean 'training'?"),
         (["infer", "--run", "runs/gone"], "runs/gone is no run folder"),
-        (["infer", "--fold", "one"], "allowed are full, numbers like 0,2, or both"),
+        (["infer", "--fold", "one"], "allowed are all, full, numbers like 0,2"),
         (["list", "poolerz"], "did you mean 'poolers'?"),
         (["score", "--submission", "a.csv", "--truth", "b.csv", "--metric", "rmse"], "no such file"),
         (["score", "--submission", "tiny.yaml", "--truth", "b.csv", "--metric", "rsme"], "did you mean 'rmse'?"),

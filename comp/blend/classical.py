@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from comp.blend.ensemble import PROBABILITIES, Problem, fit_predict, one_hot
-from comp.blend.features import CACHE, Source, keep_backbone, parse_features, transform
+from comp.blend.features import CACHE, Source, check_folds_of_runs, check_runs, keep_backbone, parse_features, transform
 from comp.catalog import Row, pick
 from comp.config import Config
 from comp.data.tables import Table
+from comp.lock import hold
 from comp.metrics import evaluate
 from comp.runs import FoldFolder, RunFolder, claim, digest, read_json, write_json, write_stream
 from comp.runtime import Runtime, open_runtime
 from comp.training import oof
 from comp.training.crossval import Fold, open_tables, parse_folds, rows_of, score_run
 from comp.training.predict import Predictions
+from comp.training.preflight import check_rows
 
 __all__ = ["ESTIMATORS", "Estimator", "predict_classical", "run_classical"]
 
@@ -179,16 +181,36 @@ def run_classical(
     """Fit the estimator to the features on every fold that is not finished; gather and score the run.
 
     Returns the scores of the first task, which is the only one that is fitted. Raises ValueError for whatever does not
-    fit.
+    fit, or when another process trains this run.
     """
+    with hold(Path("runs") / name):
+        return _run(config, name, features, estimator, dict(options or {}), folds, restart, say)
+
+
+def _run(
+    config: Config,
+    name: str,
+    features: Sequence[str],
+    estimator: str,
+    options: Mapping[str, Any],
+    folds: str,
+    restart: bool,
+    say: Callable[[str], None],
+) -> oof.Scores | None:
     wanted, chosen = parse_folds(folds, config.folds.num_folds), parse_features(features)
     row = pick(ESTIMATORS, estimator, "estimator")
-    task, options = config.tasks[0], dict(options or {})
+    task = config.tasks[0]
+    if config.pseudo is not None:
+        raise ValueError("estimators are fitted to true rows alone; leave the label set out: --set pseudo=null")
     if task.kind not in row.kinds:
         raise ValueError(f"estimator '{estimator}' does not fit kind '{task.kind}'; it fits {', '.join(row.kinds)}")
+    check_runs(chosen, wanted)
     config = config.model_copy(update={"tasks": [task]})
     folder = RunFolder(Path("runs") / name)
     table, folding = open_tables(config, wanted, say)
+    check_folds_of_runs(chosen, folding)
+    for fold in wanted:
+        check_rows(config, table, fold, *rows_of(fold, config, table, folding))
     about = {"features": list(features), "estimator": estimator, "options": options}
     marks = {"data": table.fingerprint(), "classical": digest([repr(about)])}
     marks |= {"folds": folding.fingerprint} if folding else {}
@@ -245,8 +267,8 @@ def predict_classical(
     folder: RunFolder, config: Config, table: Table, fold: Fold, runtime: Runtime, *, cached: bool = True
 ) -> Floats:
     """Return (N, K) predictions of one fold for another table. `cached`: keep its tokens and embeddings on disk."""
-    about, own = read_json(folder.classical), folder.fold(fold)
-    fitted = read_json(own.path / "fitted.json")
+    about, own = read_json(folder.classical, "features", "estimator"), folder.fold(fold)
+    fitted = read_json(own.path / "fitted.json", "options", "states")
     source = Source(table, config, runtime, fold, str(folder.backbone), CACHE if cached else None)
     matrix, _ = transform(source, parse_features(about["features"]), states=fitted["states"])
     seen, targets = sparse.load_npz(own.path / "seen.npz"), np.load(own.path / "targets.npy", allow_pickle=False)

@@ -8,28 +8,41 @@ by the one model that did not see it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
 from comp.blend.members import read_member
 from comp.catalog import Row, pick
 from comp.config import Config
+from comp.data.folds import Folding
 from comp.data.tables import Table
 from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
-from comp.model.backbone import load_backbone, load_tokenizer, save_recipe
+from comp.model.backbone import check_tokenizer, load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
-from comp.runs import RunFolder, digest, kept
-from comp.runtime import Runtime, release_memory
+from comp.runs import RunFolder, digest, kept, write_atomic
+from comp.runtime import Runtime, open_runtime, release_memory
 from comp.training.checkpoint import load_weights
+from comp.training.crossval import open_tables, parse_folds, rows_of
 from comp.training.predict import predict
 
-__all__ = ["FEATURES", "Source", "keep_backbone", "parse_features", "transform"]
+__all__ = [
+    "FEATURES",
+    "Source",
+    "check_folds_of_runs",
+    "check_runs",
+    "keep_backbone",
+    "parse_features",
+    "transform",
+    "write_features",
+]
 
 Floats: TypeAlias = NDArray[np.float64]
 State: TypeAlias = dict[str, Any]
@@ -48,6 +61,8 @@ class Source:
     backbone: str
     """Folder or name that the tokenizer and the pretrained model are read from."""
     cache: Path | None = CACHE
+    files: list[Path] = field(default_factory=list)
+    """Where features were kept, or found."""
 
 
 # --- the makers: (source, argument, training rows or None, state or None) -> (matrix (N, D), state) -----------------
@@ -71,8 +86,13 @@ def tfidf(source: Source, argument: str, training: NDArray[np.int64] | None, sta
 
 def statistics(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
     """Lengths, variety of words, punctuation, and readability indices by textstat (extra `features`)."""
-    values = np.concatenate([_statistics(texts) for texts in source.table.texts], axis=1)
-    return _standardised(values, training, state)
+    textstat = _textstat()
+
+    def compute() -> Floats:
+        return np.concatenate([_statistics(textstat, texts) for texts in source.table.texts], axis=1)
+
+    version = metadata.version("textstat")
+    return _standardised(_cached(source, ["statistics", version], compute), training, state)
 
 
 def embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
@@ -84,6 +104,7 @@ def embeddings(source: Source, argument: str, training: NDArray[np.int64] | None
         model = build_model(
             source.backbone, tokenizer, pretrained=True, pooler={"name": "mean"}, heads={},
             max_length=config.model.max_length, part=config.model.part, with_vectors=True,
+            allow_pickle=config.model.allow_pickle,
         )  # fmt: skip
         return _embed(source, model.to(source.runtime.device), tokenizer)
 
@@ -96,31 +117,35 @@ def keep_backbone(config: Config, folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         return
     tokenizer = load_tokenizer(config.model.backbone)
-    backbone = load_backbone(config.model.backbone, tokenizer, dropout=None, with_pooler=False, part=config.model.part)
+    backbone = load_backbone(
+        config.model.backbone,
+        tokenizer,
+        dropout=None,
+        with_pooler=False,
+        part=config.model.part,
+        allow_pickle=config.model.allow_pickle,
+    )
     save_recipe(backbone, tokenizer, folder)
     backbone.model.save_pretrained(folder)
 
 
 def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:
     """The vectors a run's own fold model gives its head: `run:NAME`."""
+    check_runs([("run", argument)], [source.fold])
     folder = RunFolder(_run_path(argument))
     member = read_member(folder.path)
-    own = folder.fold(source.fold)
-    if not own.done.exists():
-        raise ValueError(f"{own.path} is not finished, and fold {source.fold} needs its model; train it first")
-    config = member.config
+    own, config = folder.fold(source.fold), member.config
 
     def compute() -> Floats:
         tokenizer = load_tokenizer(str(folder.backbone))
+        check_tokenizer(tokenizer, folder.backbone, member.manifest.get("tokenizer"))
         model = build_model(
             folder.backbone, tokenizer, pretrained=False, pooler=config.model.pooler.model_dump(), heads={},
             max_length=config.model.max_length, num_fields=len(config.competition.text_columns), part=config.model.part,
             with_vectors=True,
         )  # fmt: skip
         load_weights(own.best if source.fold != "full" else own.last, model, without="heads.")
-        return _embed(
-            Source(source.table, config, source.runtime, source.fold, ""), model.to(source.runtime.device), tokenizer
-        )
+        return _embed(replace(source, config=config), model.to(source.runtime.device), tokenizer)
 
     marks = [str(folder.path.resolve()), str(source.fold), str(member.manifest["fingerprints"]), own.done.read_text()]
     return _standardised(_cached(source, marks, compute), training, state)
@@ -147,6 +172,7 @@ def _cached(source: Source, marks: Sequence[str], compute: Callable[[], Floats])
     path = None
     if source.cache is not None:
         path = source.cache / f"{digest([source.table.fingerprint(), *marks])}.npy"
+        source.files.append(path)
     return kept(path, lambda: compute().astype(np.float32)).astype(np.float64)
 
 
@@ -159,13 +185,17 @@ def _standardised(values: Floats, training: NDArray[np.int64] | None, state: Sta
     return sparse.csr_matrix((values - np.asarray(state["mean"])) / np.asarray(state["std"])), state
 
 
-def _statistics(texts: Sequence[str]) -> Floats:
+def _textstat() -> Any:
     try:
         import textstat
     except ImportError:
         raise ValueError(
             "features 'statistics' need textstat; install the extra: pip install 'comp[features]'"
         ) from None
+    return textstat
+
+
+def _statistics(textstat: Any, texts: Sequence[str]) -> Floats:
     indices = (
         textstat.flesch_reading_ease,
         textstat.flesch_kincaid_grade,
@@ -214,6 +244,17 @@ def parse_features(names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def check_runs(features: Sequence[tuple[str, str]], folds: Sequence[int | str]) -> None:
+    """Raise ValueError when a run that features come from is none, or has not finished one of the folds."""
+    for argument in [argument for name, argument in features if name == "run"]:
+        folder = read_member(_run_path(argument)).folder
+        for fold in folds:
+            if not folder.fold(fold).done.exists():
+                raise ValueError(
+                    f"{folder.fold(fold).path} is not finished, and fold {fold} needs its model; train it first"
+                )
+
+
 def transform(
     source: Source,
     features: Sequence[tuple[str, str]],
@@ -227,3 +268,60 @@ def transform(
         for place, (name, argument) in enumerate(features)
     ]
     return sparse.hstack([matrix for matrix, _ in made]).tocsr(), [state for _, state in made]
+
+
+def check_folds_of_runs(features: Sequence[tuple[str, str]], folding: Folding | None) -> None:
+    """Raise ValueError when a run among the features has other folds: its models saw rows that are held out here."""
+    for name, argument in features:
+        if name == "run" and folding is not None:
+            mark = read_member(_run_path(argument)).mark("folds")
+            if mark != folding.fingerprint:
+                raise ValueError(
+                    f"features 'run:{argument}' were trained on different folds ({mark}) than these "
+                    f"({folding.fingerprint}): its models saw rows that are held out here; train it anew on this fold "
+                    "file"
+                )
+
+
+# --- a table of them -------------------------------------------------------------------------------------------------
+
+
+def write_features(
+    config: Config,
+    names: Sequence[str],
+    *,
+    folds: str = "all",
+    out: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Compute and keep features for every fold; say their shapes and where they are.
+
+    `out`: a parquet file of each fold's held-out rows, as what was fitted to the other folds, or trained on them, gives
+    them: id, fold, then <feature>_0, ... in units of the training rows' deviation, 0 their mean. Raises ValueError for
+    what does not fit.
+    """
+    wanted, chosen = parse_folds(folds, config.folds.num_folds), parse_features(names)
+    if out is not None and ("tfidf", "") in chosen:
+        raise ValueError("--out: tfidf has other words, and so other columns, in every fold; leave it out")
+    if out is not None and (wanted == ["full"] or out.suffix != ".parquet"):
+        raise ValueError(f"--out '{out}': a .parquet file of held-out rows, which --fold full has not")
+    table, folding = open_tables(config, wanted, say)
+    check_folds_of_runs(chosen, folding)
+    runtime = open_runtime(config.training.precision)
+    parts = []
+    for fold in wanted:
+        training, held = rows_of(fold, config, table, folding)
+        columns: dict[str, Any] = {"id": table.ids[held], "fold": fold}
+        for name, one in zip(names, chosen, strict=True):
+            source = Source(table, config, runtime, fold, config.model.backbone)
+            matrix, _ = transform(source, [one], training=training)
+            where = ", ".join(map(str, source.files)) or "not kept, it is fast"
+            say(f"fold {fold} {name}: {matrix.shape[0]:,} rows x {matrix.shape[1]:,} columns; {where}")
+            if out is not None:
+                values = matrix[held].toarray().astype(np.float32)
+                columns |= {f"{name}_{place}": column for place, column in enumerate(values.T)}
+        parts.append(pd.DataFrame(columns))
+    if out is not None:
+        frame = pd.concat(parts, ignore_index=True)
+        write_atomic(out, lambda temporary: frame.to_parquet(temporary, index=False))
+        say(f"wrote {out}: {len(frame):,} held-out rows x {frame.shape[1] - 2:,} columns, each by its own fold")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from comp import config_file
 from comp.blend.ensemble import Problem
-from comp.config import Config, Task
-from comp.data.leaks import Evidence, lint
+from comp.config import Config, Task, Tracking
+from comp.data.frames import read_frame
+from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.tables import read_competition
-from comp.runs import RUNS, RunFolder, read_json
+from comp.runs import RUNS, RunFolder, digest, read_json
 from comp.training.oof import COLUMN, output_names
 
 __all__ = ["Member", "Members", "gather", "leaks_of", "list_runs", "read_member"]
@@ -47,6 +48,11 @@ class Member:
         names = self.task.targets if kind == "target" else self.outputs
         return [f"{kind}_{self.task.name}_{name}" for name in names]
 
+    def out_of_fold(self) -> OutOfFold:
+        """Return its rows of the first task, by the best weights."""
+        targets, preds = (self.rows[self.columns(kind)].to_numpy(float) for kind in ("target", "pred"))
+        return OutOfFold(self.folder.name, self.task.kind, targets, preds)
+
     def mark(self, part: str) -> str:
         """Return the fingerprint of its data or folds."""
         return str(self.manifest["fingerprints"].get(part, "none"))
@@ -59,8 +65,8 @@ def read_member(path: str | Path) -> Member:
         raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `comp oof`")
     if not folder.oof.exists():
         raise ValueError(f"{path} has no out-of-fold rows yet; train its folds with `comp train`")
-    rows = pd.read_parquet(folder.oof).set_index("id")
-    return Member(folder, config_file.load(folder.config), read_json(folder.manifest), rows)
+    rows = read_frame(folder.oof, "id").set_index("id")
+    return Member(folder, config_file.load(folder.config), read_json(folder.manifest, "classes", "fingerprints"), rows)
 
 
 @dataclass(frozen=True)
@@ -154,15 +160,26 @@ def _must_fit(first: Member, other: Member, *, any_folds: bool, any_metric: bool
         )
 
 
-def leaks_of(member: Member) -> list[str]:
-    """Return what the leak rules find in a member's tables and folds; [] with a reason where they are gone."""
-    competition, tasks = member.config.competition, member.config.tasks
-    try:
-        table, test = read_competition(competition, tasks)
-    except ValueError as fault:
-        return [f"leaks are not looked for: {fault}"]
-    fold = member.rows["fold"].reindex(table.ids).fillna(-1).to_numpy(np.int64)
-    return [str(leak) for leak in lint(Evidence(table, test, fold, member.config.folds.group))]
+def leaks_of(members: Sequence[Member]) -> list[str]:
+    """Return what the leak rules find in the members' tables, folds and out-of-fold rows.
+
+    Tables that are gone are said, and the rules that need them left out.
+    """
+    found: list[str] = []
+    alike: dict[tuple[str, str], list[Member]] = {}
+    for member in members:
+        alike.setdefault((member.mark("data"), member.mark("folds")), []).append(member)
+    for own in alike.values():
+        first, runs = own[0], tuple(member.out_of_fold() for member in own)
+        try:
+            table, test = read_competition(first.config.competition, first.config.tasks)
+        except ValueError as fault:
+            leak = better_than_can_be(runs)
+            found += [f"leaks are not looked for in the tables: {fault}", *([str(leak)] if leak else [])]
+            continue
+        fold = first.rows["fold"].reindex(table.ids).fillna(-1).to_numpy(np.int64)
+        found += [str(leak) for leak in lint(Evidence(table, test, fold, first.config.folds.group, runs))]
+    return found
 
 
 def _chosen_ids(member: Member, query: str) -> set[str]:
@@ -188,23 +205,57 @@ def _chosen_ids(member: Member, query: str) -> set[str]:
 def list_runs(root: Path = RUNS) -> list[str]:
     """Return a table of the runs that have out-of-fold rows, latest last: score, folds, seed, age, folds' fingerprint.
 
-    Runs whose folds' fingerprints are the same can be blended with fitted weights.
+    Runs whose folds' fingerprints are the same can be blended with fitted weights. `flatters`: how much keep-best
+    flatters the best score. Runs that differ in their seed alone get a further line: the score of their mean, which is
+    what `comp infer` makes of them.
     """
-    heads = f"{'best':>9} {'last':>9} {'averaged':>9} {'folds':>7} {'seed':>6} {'age':>7}  fold file"
+    heads = f"{'best':>9} {'last':>9} {'averaged':>9} {'flatters':>9} {'folds':>7} {'seed':>6} {'age':>7}  fold file"
     lines = [f"{'run':<28} {'metric':<10} {heads}"]
+    bags: dict[str, list[RunFolder]] = {}
     for scores in sorted(root.glob("*/scores.json"), key=lambda path: path.stat().st_mtime):
         folder = RunFolder(scores.parent)
         config, found = config_file.load(folder.config), read_json(scores)
-        marks = read_json(folder.manifest)["fingerprints"]
-        shown = [found.get(kind, {}).get("pooled") for kind in ("best", "last", "averaged")]
+        marks = read_json(folder.manifest, "fingerprints")["fingerprints"]
+        shown = [found.get(kind, {}).get("pooled") for kind in COLUMN] + [found.get("keep_best_flatters")]
         folds = f"{len(found['best']['folds'])}/{config.folds.num_folds}"
+        file = f"{config.fold_name} {marks.get('folds', 'none')}"
         lines.append(
-            f"{folder.name:<28} {found['metric']:<10} "
-            + " ".join(f"{'-' if value is None else f'{value:.5f}':>9}" for value in shown)
-            + f" {folds:>7} {config.training.seed:>6} {_age(time.time() - scores.stat().st_mtime):>7}"
-            + f"  {config.fold_name} {marks.get('folds', 'none')}"
+            f"{folder.name:<28} {found['metric']:<10} {_numbers(shown)} {folds:>7} {config.training.seed:>6} "
+            f"{_age(time.time() - scores.stat().st_mtime):>7}  {file}"
         )
+        bags.setdefault(_but_for_the_seed(folder, config, marks), []).append(folder)
+    for folders in bags.values():
+        if len(folders) > 1:
+            lines += _bag_lines(folders)
     return lines
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return " ".join(f"{'-' if value is None else f'{value:.5f}':>9}" for value in values)
+
+
+def _but_for_the_seed(folder: RunFolder, config: Config, marks: Mapping[str, str]) -> str:
+    """Return what runs have in common that differ in their seed alone."""
+    plain = config.model_copy(
+        update={"tracking": Tracking(), "training": config.training.model_copy(update={"seed": 0})}
+    )
+    return digest([config_file.dump(plain), *(f"{part} {mark}" for part, mark in marks.items() if part != "config")])
+
+
+def _bag_lines(folders: Sequence[RunFolder]) -> list[str]:
+    """Return a line for the mean of runs that differ in their seed, over the rows that all have."""
+    shown: list[float | None] = []
+    for kind in COLUMN:
+        try:
+            members = gather([folder.path for folder in folders], weights=kind)
+            shown.append(members.problem.score(members.problem.preds.mean(axis=0)))
+        except ValueError:  # no such weights, or a metric that is not defined on these rows
+            shown.append(None)
+    seeds = [config_file.load(folder.config).training.seed for folder in folders]
+    name = folders[0].name.removesuffix(f"-seed{seeds[0]}")
+    metric = read_json(folders[0].scores)["metric"]
+    about = f"mean of {len(folders)} runs, seeds {', '.join(map(str, sorted(seeds)))}"
+    return [f"{name:<28} {metric:<10} {_numbers([*shown, None])}  {about}"]
 
 
 def _age(seconds: float) -> str:

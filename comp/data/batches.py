@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from comp.data.tokens import Encoded
+from comp.data.tokens import Encoded, within
 
-__all__ = ["Batch", "Labels", "collate", "sorted_batches", "training_windows"]
+__all__ = ["Batch", "Labels", "collate", "longest_window", "sorted_batches", "training_windows"]
 
 MEGA_BATCHES = 50  # windows sorted together: long enough to pad little, short enough to stay shuffled
 
@@ -80,7 +80,7 @@ class Batch:
 def collate(encoded: Encoded, rows: NDArray[np.int64], labels: Labels | None = None) -> Batch:
     """Pad the pieces of `rows` (B,) to the longest of them."""
     counts = encoded.first[rows + 1] - encoded.first[rows]
-    pieces = np.repeat(encoded.first[rows], counts) + _within(counts)
+    pieces = np.repeat(encoded.first[rows], counts) + within(counts)
     starts, lengths = encoded.offsets[pieces], encoded.offsets[pieces + 1] - encoded.offsets[pieces]
     shape = len(pieces), int(lengths.max())
     ids = np.full(shape, encoded.pad_id, np.int64)
@@ -107,11 +107,6 @@ def collate(encoded: Encoded, rows: NDArray[np.int64], labels: Labels | None = N
         batch.weights = None if labels.weights is None else torch.from_numpy(labels.weights[rows])
         batch.errors = {name: torch.from_numpy(error[rows]) for name, error in labels.errors.items()}
     return batch
-
-
-def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return 0..counts[0]-1, 0..counts[1]-1, ... in a row."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def training_windows(
@@ -144,12 +139,22 @@ def training_windows(
     return [[window[start : start + micro] for start in range(0, len(window), micro)] for window in windows]
 
 
-def sorted_batches(
-    lengths: NDArray[np.int64], *, max_rows: int = 64, max_tokens: int = 8192
+def longest_window(
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], *, batch_size: int, micro_batch_size: int | None = None
 ) -> list[NDArray[np.int64]]:
-    """Cut all N rows into batches for prediction: at most `max_rows` rows and `max_tokens` padded tokens each.
+    """Return a window of the longest of `rows`, which takes as much memory as any of `training_windows`."""
+    longest = rows[np.argsort(-lengths[rows], kind="stable")[:batch_size]]
+    micro = micro_batch_size or batch_size
+    return [longest[start : start + micro] for start in range(0, len(longest), micro)]
 
-    Longest first, so that memory runs out at once or never. A batch has at least one row.
+
+def sorted_batches(
+    lengths: NDArray[np.int64], *, max_tokens: int = 8192, max_rows: int = 256
+) -> list[NDArray[np.int64]]:
+    """Cut all N rows into batches for prediction: at most `max_tokens` padded tokens and `max_rows` rows each.
+
+    Longest first, so that memory runs out at once or never. A batch has at least one row. Cut again from where a batch
+    starts, the rest gives the same batches.
     """
     order = np.argsort(-lengths, kind="stable")
     batches = []

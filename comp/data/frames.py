@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 SUFFIXES = (".csv", ".parquet")
+MOST_SHOWN = 80  # letters of a cell in a message
 Ids: TypeAlias = NDArray[np.object_]
 Mask: TypeAlias = NDArray[np.bool_]
 Values: TypeAlias = NDArray[np.float32]
@@ -56,8 +57,13 @@ def raise_faults(source: str, faults: Sequence[str]) -> None:
 
 def listed(items: Iterable[object], most: int = 3) -> str:
     """Return "'a', 'b', 'c', ..." with at most `most` of the different items."""
-    names = list(dict.fromkeys(map(str, items)))
+    names = list(dict.fromkeys(_short(str(item)) for item in items))
     return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
+
+
+def _short(text: str) -> str:
+    """Return a cell as a message can show it: one may hold megabytes."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} letters)"
 
 
 def _rows(mask: Mask, ids: Ids | None) -> str:
@@ -132,6 +138,12 @@ def _read_csv(path: Path) -> pd.DataFrame:
             f"{path}: not UTF-8: byte 0x{raw[fault.start]:02x} at offset {fault.start} (line {line}); save "
             f"it as UTF-8: pandas.read_csv('{path}', encoding='{guess}').to_csv('{path}', index=False)"
         ) from None
+    if "\0" in text:
+        place = text.index("\0")
+        raise ValueError(
+            f"{path}: a NUL character at offset {place} (line {text.count(chr(10), 0, place) + 1}), which no text has; "
+            "the file is damaged, or UTF-16: write it anew as UTF-8"
+        )
     # Not pandas' reader: it pads a short row and cuts a long first one without an error.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(sys.maxsize)  # a setting of the whole process: put back below

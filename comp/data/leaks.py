@@ -8,7 +8,7 @@ has, at least 80% are in both (the Jaccard index that MinHash approximates; by s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,19 +17,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comp.catalog import Row
-from comp.data.frames import cell_strings, listed
+from comp.data.frames import Mask, cell_strings, listed
 from comp.data.splitters import column_cells
 from comp.data.tables import Table
 from comp.metrics import evaluate_known
 from comp.runs import digest, write_json
 
-__all__ = ["LEAKS", "Evidence", "Leak", "leak_table", "lint", "too_good"]
+__all__ = ["LEAKS", "Evidence", "Leak", "OutOfFold", "alike", "better_than_can_be", "leak_table", "lint"]
 
 CACHE = Path("runs/.cache/leaks")
 WORDS, NEAR = 5, 0.8
 BLOCK = 512  # rows compared with all others at a time: 512 x 20,000 numbers are 80 MB
 FEW = 50  # a text column with at most so many different values is a label, not a text
 Texts: TypeAlias = list[str]
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """The out-of-fold rows of a run's first task."""
+
+    run: str
+    kind: str
+    """Of the task."""
+    targets: NDArray[np.floating]
+    """(N, K), or (N, 1) class indices."""
+    preds: NDArray[np.floating]
+    """(N, K)"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,8 @@ class Evidence:
     """(N,) of the training rows; None = not split yet."""
     group: str | None = None
     """Column whose values must not be in two folds."""
+    runs: tuple[OutOfFold, ...] = ()
+    """Runs on these rows and folds."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,26 @@ def _of_test(rule: str, what: str, evidence: Evidence, shared: list[tuple[int, i
     return Leak(rule, len(shared), f"{len(shared)} test rows {what} ({pairs})", fix)
 
 
+def alike(ones: Table, others: Table) -> tuple[Mask, Mask]:
+    """Return which rows of `ones` (N,) have the text of a row of `others`, and which of the rest have nearly one.
+
+    Where both are one table: of an earlier row.
+    """
+    texts = _folded(ones)
+    if ones is others:
+        first = {text: row for row, text in reversed(list(enumerate(texts)))}
+        equal = np.array([first[text] != row for row, text in enumerate(texts)], dtype=bool)
+        found = {one for one, other in _near(texts, texts) if other < one}
+    else:
+        known = _folded(others)
+        there = set(known)
+        equal = np.array([text in there for text in texts], dtype=bool)
+        found = {one for one, _ in _near(texts, known)}
+    near = np.zeros(len(texts), dtype=bool)
+    near[sorted(found)] = True
+    return equal, near & ~equal
+
+
 def _near(ones: Texts, others: Texts) -> Iterator[tuple[int, int]]:
     """Yield (row of `ones`, row of `others`) of nearly the same texts, equal ones left out, in rising order."""
     from sklearn.feature_extraction.text import HashingVectorizer
@@ -210,6 +245,32 @@ def target_in_text(evidence: Evidence) -> Leak | None:
     return None
 
 
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def too_good(evidence: Evidence) -> Leak | None:
+    """Runs whose out-of-fold rows are better than they can be."""
+    return better_than_can_be(evidence.runs)
+
+
+def better_than_can_be(runs: Sequence[OutOfFold]) -> Leak | None:
+    """Find the runs whose out-of-fold predictions leave nearly no error, as texts do not."""
+    found = []
+    for run in runs:
+        metric, bound = ("pearson", 0.995) if run.kind in ("regression", "ordinal") else ("roc_auc", 0.9999)
+        score = evaluate_known(metric, run.targets, run.preds, run.kind)
+        if score is not None and score >= bound:
+            found.append(f"{run.run} ({metric} {score:.5f}, above {bound})")
+    if not found:
+        return None
+    return Leak(
+        "too_good",
+        len(found),
+        f"out-of-fold predictions are better than they can be: {', '.join(found)}",
+        "look for the target in the texts, and for copies across folds, with `comp lint`",
+    )
+
+
 LEAKS: dict[str, Row] = {
     "copies": Row(copies, "the same text in two folds", "rivals: AutoGluon on CommonLit"),
     "near_copies": Row(near_copies, "nearly the same text in two folds", "Broder 1997, resemblance"),
@@ -218,14 +279,16 @@ LEAKS: dict[str, Row] = {
     "same_ids": Row(same_ids, "an id in train and in test", "common practice"),
     "split_groups": Row(split_groups, "a group in two folds", "common practice"),
     "target_in_text": Row(target_in_text, "a text column that tells the target", "common practice"),
+    "too_good": Row(too_good, "out-of-fold rows better than they can be", "common practice"),
 }
 
 
 def lint(evidence: Evidence, *, cache: Path | None = CACHE) -> list[Leak]:
-    """Return what every rule of LEAKS finds. Kept in `cache` by the data, folds and group that were looked at."""
+    """Return what every rule of LEAKS finds. Kept in `cache` by the data, folds, group and runs that were looked at."""
     train, test, fold = evidence.train, evidence.test, evidence.fold
-    marks = [train.fingerprint(), "" if test is None else test.fingerprint(), evidence.group or ""]
+    marks: list[str | bytes] = [train.fingerprint(), "" if test is None else test.fingerprint(), evidence.group or ""]
     marks += ["" if fold is None else digest([fold.tobytes()]), *LEAKS]
+    marks += [part for run in evidence.runs for part in (run.run, run.targets.tobytes(), run.preds.tobytes())]
     path = None if cache is None else cache / f"{digest(marks)}.json"
     if path is not None and path.exists():
         known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
@@ -246,15 +309,3 @@ def leak_table(leaks: list[Leak]) -> str:
         if rule in found:
             lines += [f"{'':<{width}}          {found[rule].what}", f"{'':<{width}}          -> {found[rule].fix}"]
     return "\n".join(lines)
-
-
-def too_good(kind: str, targets: NDArray[np.floating], preds: NDArray[np.floating]) -> str | None:
-    """Return a warning when out-of-fold predictions (N, K) are better than texts allow: nearly no error left."""
-    metric, bound = ("pearson", 0.995) if kind in ("regression", "ordinal") else ("roc_auc", 0.9999)
-    score = evaluate_known(metric, targets, preds, kind)
-    if score is None or score < bound:
-        return None
-    return (
-        f"leak: the out-of-fold predictions are better than they can be ({metric} {score:.5f}, above {bound}); look "
-        "for the target in the texts, and for copies across folds, with `comp lint`"
-    )

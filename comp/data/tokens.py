@@ -7,9 +7,10 @@ every length, truncation and window. Shapes: N rows, P pieces (a row has one, or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,18 @@ from comp.runs import digest, write_atomic, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CACHE", "Encoded", "Template", "encode", "places", "share_out", "template_of", "window_starts"]
+__all__ = [
+    "CACHE",
+    "Encoded",
+    "Memory",
+    "Template",
+    "encode",
+    "places",
+    "share_out",
+    "template_of",
+    "window_starts",
+    "within",
+]
 
 CACHE = Path("runs/.cache/tokens")
 SPECIAL = -1  # text column of a special token
@@ -61,6 +73,25 @@ class Encoded:
         """(N,) tokens per row over all its pieces, special tokens included."""
         return np.diff(self.offsets[self.first])
 
+    def take(self, rows: NDArray[np.int64]) -> Encoded:
+        """Return some rows, in their order, as tokens of their own."""
+        counts = self.first[rows + 1] - self.first[rows]
+        pieces = np.repeat(self.first[rows], counts) + within(counts)
+        lengths = self.offsets[pieces + 1] - self.offsets[pieces]
+        tokens = np.repeat(self.offsets[pieces], lengths) + within(lengths)
+        return replace(
+            self,
+            ids=self.ids[tokens],
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            first=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            type_ids=None if self.type_ids is None else self.type_ids[tokens],
+            fields=None if self.fields is None else self.fields[tokens],
+        )
+
+    def head(self, num_rows: int) -> Encoded:
+        """Return the first rows alone."""
+        return replace(self, first=self.first[: num_rows + 1])
+
     def documents(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
         """Return the token ids of each of `rows`, all its pieces in a row."""
         starts = self.offsets[self.first]
@@ -89,6 +120,16 @@ class _Column:
     offsets: NDArray[np.int64]
 
 
+Memory: TypeAlias = dict[str, _Column]
+"""Tokenized columns by tokenizer and texts: handed to several calls of `encode`, it spares all but the first the work,
+whatever their lengths and whether or not the disk can be written."""
+
+
+def within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return 0..counts[0]-1, 0..counts[1]-1, ... in a row."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[list[str]],
@@ -97,6 +138,7 @@ def encode(
     truncation: str = "head",
     windows: Mapping[str, int] | None = None,
     cache: Path | None = CACHE,
+    memory: Memory | None = None,
 ) -> Encoded:
     """Tokenize N rows and cut them to `max_length` tokens, special ones included.
 
@@ -110,7 +152,8 @@ def encode(
     with their neighbour, the last one more, so that it is full too. Of several columns the last slides and the others
     are repeated, cut to half of the space. Beyond `max_windows` those are kept that `truncation` says.
 
-    Token ids are kept under `cache` by content; None = memory only. Raises ValueError when nothing fits.
+    Token ids are kept under `cache` by content; None = not on disk. `memory` keeps them for further calls. Raises
+    ValueError when nothing fits.
     """
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is not a fast tokenizer; save the model with a tokenizer.json")
@@ -120,7 +163,7 @@ def encode(
     room = max_length - template.num_special
     _check_room(room, max_length, template, len(texts), windows)
     state = _tokenizer_state(tokenizer)
-    columns = [_column(tokenizer, column, state, cache) for column in texts]
+    columns = [_column(tokenizer, column, state, cache, memory) for column in texts]
     builder = _Builder(template, columns)
     first, num_cut = [0], 0
     for row, lengths in enumerate(zip(*(np.diff(column.offsets).tolist() for column in columns), strict=True)):
@@ -353,18 +396,38 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
         return digest([backend.to_str(), transformers.__version__, tokenizers.__version__])
 
 
-def _column(tokenizer: PreTrainedTokenizerBase, texts: list[str], state: str, cache: Path | None) -> _Column:
-    """Return the ids of one column, from the cache where they are there."""
-    if cache is None:
+def _column(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], state: str, cache: Path | None, memory: Memory | None
+) -> _Column:
+    """Return the ids of one column, from memory or the cache where they are there."""
+    key = digest([state, digest(texts)])
+    if memory is not None and key in memory:
+        return memory[key]
+    column = _read_or_tokenize(tokenizer, texts, None if cache is None else cache / key)
+    if memory is not None:
+        memory[key] = column
+    return column
+
+
+def _read_or_tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], folder: Path | None) -> _Column:
+    if folder is None:
         return _Column(**_tokenize(tokenizer, texts))
-    folder = cache / digest([state, digest(texts)])
-    if not (folder / "meta.json").exists():
-        arrays = _tokenize(tokenizer, texts)
-        try:
-            _save(folder, arrays)
-        except OSError:  # a read-only or full disk costs the cache, not the run
-            return _Column(**arrays)
-    return _Column(**{file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")})
+    if (folder / "meta.json").exists():
+        with suppress(ValueError, EOFError, OSError):  # damaged, or half removed: made anew
+            return _stored(folder)
+    arrays = _tokenize(tokenizer, texts)
+    try:
+        _save(folder, arrays)
+        return _stored(folder)
+    except OSError:  # a read-only or full disk costs the cache, not the run
+        return _Column(**arrays)
+
+
+def _stored(folder: Path) -> _Column:
+    found = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ids", "offsets")}
+    if int(found["offsets"][-1]) != len(found["ids"]):
+        raise ValueError(f"{folder} is damaged")
+    return _Column(**found)
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, NDArray[Any]]:

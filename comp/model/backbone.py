@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,8 +19,18 @@ import torch
 from torch import nn
 
 from comp.doctor import hub_answers
+from comp.runs import digest
 
-__all__ = ["Backbone", "load_backbone", "load_tokenizer", "rebuild_backbone", "resolve_source", "save_recipe"]
+__all__ = [
+    "Backbone",
+    "check_tokenizer",
+    "load_backbone",
+    "load_tokenizer",
+    "rebuild_backbone",
+    "resolve_source",
+    "save_recipe",
+    "vocabulary_digest",
+]
 
 PACKAGE = "package:"
 # Norms that follow the last block learn at the top block's rate; every other parameter outside the blocks (embeddings,
@@ -213,12 +224,19 @@ def resolve_source(source: str) -> str:
     return source
 
 
+_PICKLED = (
+    "model.backbone '{source}': its weights are a pickle (pytorch_model.bin), which can hold code to run; convert them "
+    "once (model.save_pretrained writes safetensors), or, if you trust where they come from, set model.allow_pickle to "
+    "true"
+)
+
+
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 @contextmanager
-def _quiet_hub(source: str) -> Any:
+def _quiet_hub(source: str, what: str = "config or weights") -> Any:
     """Silence transformers' load report and turn its many ways to say "not there" into one."""
     from transformers.utils import logging
 
@@ -227,12 +245,23 @@ def _quiet_hub(source: str) -> Any:
     logging.disable_progress_bar()
     try:
         yield
-    except OSError as fault:
-        reason = str(fault).strip().split("\n")[0]
-        raise ValueError(
-            f"model.backbone '{source}' could not be loaded: {reason} "
-            "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
-        ) from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as fault:  # whatever a damaged file brings the libraries to
+        frames = traceback.extract_tb(fault.__traceback__)
+        if Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1]):
+            raise  # it is ours, and says what is wrong
+        reason = (str(fault).strip() or type(fault).__name__).split("\n")[0]
+        if isinstance(fault, OSError):
+            advice = (
+                "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
+            )
+            if "safetensors" in reason:
+                advice = f"Weights are read from safetensors, from others only with model.allow_pickle. {advice}"
+        else:
+            reason = f"its {what} cannot be read ({type(fault).__name__}: {reason})."
+            advice = "Copy or download it anew."
+        raise ValueError(f"model.backbone '{source}' could not be loaded: {reason} {advice}") from fault
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -260,12 +289,29 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     folder = resolve_source(source)
-    with _quiet_hub(source):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder))
+    with _quiet_hub(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder), trust_remote_code=False)
+    # Without its files transformers makes one up, of special tokens and little more.
+    if len(tokenizer) <= len(tokenizer.all_special_ids) + 8:
+        raise ValueError(f"model.backbone '{source}': no tokenizer in it; save the model's own there (tokenizer.json)")
     if not tokenizer.is_fast:
         raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
     tokenizer.padding_side = "left" if _cls_is_last(tokenizer) else "right"
     return tokenizer
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Return a digest of the tokens and their ids, the same in every version of the libraries."""
+    return digest(f"{token}\t{place}" for token, place in sorted(tokenizer.get_vocab().items()))
+
+
+def check_tokenizer(tokenizer: Any, folder: Path, expected: str | None) -> None:
+    """Raise ValueError unless its `vocabulary_digest` is `expected`; None = not known, from before it was kept."""
+    if expected is not None and vocabulary_digest(tokenizer) != expected:
+        raise ValueError(
+            f"{folder}: this is not the tokenizer that the run was trained with, and its ids mean other words; put the "
+            "run's own tokenizer back, or train the run anew with --restart"
+        )
 
 
 def _cls_is_last(tokenizer: Any) -> bool:
@@ -277,16 +323,26 @@ def _cls_is_last(tokenizer: Any) -> bool:
 
 
 def load_backbone(
-    source: str, tokenizer: Any, *, dropout: float | None, with_pooler: bool, part: str = "encoder"
+    source: str,
+    tokenizer: Any,
+    *,
+    dropout: float | None,
+    with_pooler: bool,
+    part: str = "encoder",
+    allow_pickle: bool = False,
 ) -> Backbone:
     """Load pretrained weights as float32 (a half-precision checkpoint would otherwise train in half precision).
 
     `dropout` replaces every dropout of the model; None keeps the checkpoint's. `with_pooler` keeps the checkpoint's
-    pooler and refuses a checkpoint that was saved without one, since it would be random.
+    pooler and refuses a checkpoint that was saved without one, since it would be random. `allow_pickle`: read weights
+    from pytorch_model.bin where there are no safetensors.
     """
     from transformers import AutoModel
 
     folder = resolve_source(source)
+    if not allow_pickle and not any(Path(folder).glob("*.safetensors")) and _has_weights(Path(folder)):
+        raise ValueError(_PICKLED.format(source=source))
+    wrong: list[str] = []
 
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
         model, report = AutoModel.from_pretrained(
@@ -294,13 +350,23 @@ def load_backbone(
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            trust_remote_code=False,
             local_files_only=_local_only(folder),
             **options,
         )
+        wrong.extend(sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]))
         return model, set(report["missing_keys"])
 
     with _quiet_hub(source):
         backbone, missing = _build(_read_config(folder, dropout), build, tokenizer, with_pooler, part)
+    if wrong:
+        raise ValueError(
+            f"model.backbone '{source}': {len(wrong)} weights do not fit its config.json, for example {wrong[0]}; the "
+            "two are of different models"
+        )
     pooler = sorted(name for name in missing if name.split(".")[0] == "pooler")
     if pooler:
         raise ValueError(
@@ -331,7 +397,7 @@ def rebuild_backbone(
 def _read_config(folder: str, dropout: float | None) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder))
+    config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder), trust_remote_code=False)
     if dropout is not None:
         # Some models read the probability from the config at every call (F.dropout), so the modules are not enough.
         for key, value in config.to_dict().items():
@@ -359,6 +425,11 @@ def _build(
     if with_pooler and not optional_pooler:
         raise ValueError(_no_pooler(config.model_type))
     # A pooler that the head never reads would be trained by nothing and sit unused in every checkpoint.
+    if tokenizer.vocab_size > getattr(config, "vocab_size", tokenizer.vocab_size):
+        raise ValueError(
+            f"model.backbone '{config.name_or_path}': its tokenizer has {tokenizer.vocab_size:,} tokens, but the "
+            f"model has embeddings of {config.vocab_size:,}: they do not fit; put the model's own tokenizer beside it"
+        )
     model, missing = build(config, **({"add_pooling_layer": with_pooler} if optional_pooler else {}))
     if two_halves and part == "encoder":
         whole: Any = model

@@ -100,16 +100,18 @@ def build_model(
     freeze_embeddings: bool | str = False,
     freeze_layers: int = 0,
     gradient_checkpointing: bool = False,
+    allow_pickle: bool = False,
 ) -> TextModel:
     """Build the model for training (`pretrained`: weights from `source`) or for inference (a run's backbone folder).
 
     `pooler`: its name and options. `heads`: task name -> its head; a number = a linear one with that many outputs.
-    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. Raises ValueError when pooler, length
+    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. `allow_pickle`: of pretrained weights.
+    Raises ValueError when pooler, length
     or freezing do not fit the backbone.
     """
     options: dict[str, Any] = {"dropout": dropout, "with_pooler": needs_trained_pooler(pooler), "part": part}
     if pretrained:
-        backbone = load_backbone(str(source), tokenizer, **options)
+        backbone = load_backbone(str(source), tokenizer, allow_pickle=allow_pickle, **options)
     else:
         backbone = rebuild_backbone(source, tokenizer, **options)
     if backbone.max_positions is not None and max_length > backbone.max_positions:

@@ -25,14 +25,15 @@ import pandas as pd
 import torch
 
 from comp.data.batches import Batch, collate
+from comp.data.frames import read_frame
 from comp.data.tables import Table, read_train
 from comp.data.tokens import encode, places
-from comp.model.backbone import load_tokenizer
+from comp.model.backbone import check_tokenizer, load_tokenizer
 from comp.model.losses import decode
 from comp.model.text_model import TextModel
 from comp.progress import open_progress
-from comp.ship.infer import LoadedRun, load
-from comp.training.checkpoint import load_weights
+from comp.runs import read_json
+from comp.ship.loaded import LoadedRun, load
 
 __all__ = ["Explanation", "Word", "explain_rows", "sample_rows"]
 
@@ -118,12 +119,13 @@ def explain_rows(
     if lost:
         raise ValueError(f"--row {lost[0]}: not in {loaded.config.competition.train} any more")
     tokenizer = load_tokenizer(str(loaded.folder.backbone))
-    model = loaded.build(tokenizer).to(loaded.runtime.device).requires_grad_(False)
+    check_tokenizer(tokenizer, loaded.folder.backbone, read_json(loaded.folder.manifest).get("tokenizer"))
+    model = loaded.build().requires_grad_(False)
     found: dict[str, Explanation] = {}
     progress = open_progress(len(ids), "rows explained", "row")
     try:
         for fold in sorted({fold_of[name] for name in ids}):
-            load_weights(loaded.weights_of(fold), model)
+            loaded.fill(model, fold)
             for name in (name for name in ids if fold_of[name] == fold):
                 row = _Row(loaded, model, tokenizer, table, place_of[name])
                 found[name] = row.explain(captum, fold, output, steps)
@@ -151,7 +153,7 @@ def _numbers(loaded: LoadedRun) -> list[int]:
 
 
 def _rows(loaded: LoadedRun, fold: int) -> pd.DataFrame:
-    return pd.read_parquet(loaded.folder.fold(fold).oof).set_index("id")
+    return read_frame(loaded.folder.fold(fold).oof, "id").set_index("id")
 
 
 class _Row:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from comp import config_file
+from comp.data.frames import read_frame
 from comp.runs import RunFolder, write_text
 from comp.ship.explain import STEPS, Explanation, explain_rows, sample_rows
 from comp.ship.report_page import Block, Grid, Marked, Note, Page, Panel, Tiles, render_html, render_text
@@ -120,7 +120,7 @@ def _rows_page(folder: RunFolder, found: Sequence[Explanation]) -> Page:
     what = _explained(folder)
     panels = [Panel("method", "Method", [Note(METHOD), *_doubts(found)])]
     for place, one in enumerate(found):
-        rows = pd.read_parquet(folder.fold(one.fold).oof).set_index("id")
+        rows = read_frame(folder.fold(one.fold).oof, "id").set_index("id")
         shown = rows.loc[one.id, [name for name in rows.columns if name.startswith(("target_", "pred_"))]]
         blocks: list[Block] = [
             Tiles(

@@ -10,7 +10,7 @@ import numpy as np
 from comp import config_file
 from comp.config import Task
 from comp.data.folds import audit
-from comp.data.leaks import too_good
+from comp.data.leaks import OutOfFold, better_than_can_be
 from comp.metrics import METRICS
 from comp.runs import read_json
 from comp.ship.report_errors import errors_panel, worst_panel
@@ -77,8 +77,8 @@ def _summary(run: RunRecord) -> Panel:
         notes.append(
             Note(f"There are no out-of-fold rows: {why}. So there are no scores and errors here.", warning=True)
         )
-    elif doubt := too_good(first.kind, run.targets(first), run.preds(first)):
-        notes.append(Note(doubt, warning=True))
+    elif leak := better_than_can_be([OutOfFold(run.folder.name, first.kind, run.targets(first), run.preds(first))]):
+        notes.append(Note(str(leak), warning=True))
     notes += [Note(f"{text[0].upper()}{text[1:]}.", warning=True) for text in run.missing]
     return Panel("summary", "Summary", [Tiles(tiles), *notes])
 
@@ -285,6 +285,8 @@ def _time(run: RunRecord) -> Panel:
         blocks.append(Picture("time-picture", "Seconds of each finished fold", "times", data))
     if any(row[-1] != "-" for row in rows):
         blocks.append(Note("Padding: its share of all tokens in the batches, counted anew from the texts."))
+    if run.unread_pseudo:
+        blocks.append(Note(f"Padding is not counted: {run.unread_pseudo}.", warning=True))
     return Panel("time", "Time and padding", blocks)
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from comp import config_file
 from comp.config import Config, Task
-from comp.data.batches import sorted_batches, training_windows
+from comp.data.batches import sorted_batches
 from comp.data.folds import Folding, read_folds
 from comp.data.tables import Table, read_train
 from comp.data.tokens import Encoded, encode
@@ -26,12 +27,15 @@ from comp.model.backbone import load_tokenizer
 from comp.runs import RunFolder, read_json
 from comp.training import oof
 from comp.training.crossval import FOLDS, rows_of
+from comp.training.lessons import NoPseudo, Stages, open_pseudo
+from comp.training.predict import CPU_TOKENS, GPU_TOKENS
 
 __all__ = ["FoldLog", "Lengths", "Padding", "RunRecord", "fold_name", "read_run"]
 
 Fold = int | str
 GROUP_LINE = re.compile(r"^(?P<name>\S.*?) +(?P<lr>\d\S*) +\S+ +\d+ +[\d,]+$")
 UNCUT = 1 << 30
+NEEDED = ("created", "commit", "versions", "runtime", "classes", "fingerprints")  # of a manifest
 
 
 def fold_name(fold: Fold) -> str:
@@ -155,54 +159,68 @@ class RunRecord:
         return pd.Index(self.table.ids).get_indexer(pd.Index(self.rows["id"])).astype(np.int64)
 
     @cached_property
-    def _encoded(self) -> tuple[Encoded, NDArray[np.int64]] | None:
-        """The training texts as the model reads them, and their lengths (N,) before any cut."""
+    def _tokenizer(self) -> Any:
+        """The run's tokenizer; None where it has none, or there are no texts for it."""
         if self.table is None or self.folder.classical.exists() or not (self.folder.backbone / "config.json").exists():
             return None
-        tokenizer = load_tokenizer(str(self.folder.backbone))
-        texts = self.table.texts
-        whole = encode(tokenizer, texts, max_length=UNCUT).lengths
-        return encode(tokenizer, texts, **self.config.model.cutting), whole
+        return load_tokenizer(str(self.folder.backbone))
+
+    @cached_property
+    def _pseudo(self) -> NoPseudo | str:
+        """The pseudo rows that the folds were trained on, or why they cannot be read."""
+        assert self.table is not None
+        folds = [log.fold for log in self.logs if log.done is not None]
+        try:
+            return open_pseudo(self.config, self.table, self.folding, folds, lambda line: None)
+        except ValueError as fault:
+            return str(fault).splitlines()[0]
+
+    @property
+    def unread_pseudo(self) -> str | None:
+        """Why the pseudo rows cannot be read; None where they can, or there are none."""
+        if self.config.pseudo is None or self.table is None:
+            return None
+        return self._pseudo if isinstance(self._pseudo, str) else None
+
+    @cached_property
+    def _encoded(self) -> Encoded:
+        """The texts as the model reads them: the training table's, then pseudo rows."""
+        assert self.table is not None and not isinstance(self._pseudo, str)
+        return encode(self._tokenizer, self._pseudo.texts(self.table), **self.config.model.cutting)
 
     @cached_property
     def lengths(self) -> Lengths | None:
         """Lengths of the training texts: tokens where the run has a tokenizer, else words."""
         if self.table is None:
             return None
-        if self._encoded is not None:
-            return Lengths(self._encoded[1], "tokens", self.config.model.max_length)
+        if self._tokenizer is not None:
+            whole = encode(self._tokenizer, self.table.texts, max_length=UNCUT)
+            return Lengths(whole.lengths, "tokens", self.config.model.max_length)
         words = [sum(len(text.split()) for text in texts) for texts in zip(*self.table.texts, strict=True)]
         return Lengths(np.asarray(words, np.int64), "words", None)
 
     def padding(self, log: FoldLog) -> Padding | None:
-        """Count the tokens of a finished fold's batches anew; None where they cannot be."""
+        """Count the tokens of a finished fold's batches anew, as configured; None where they cannot be."""
         whole = log.fold == "full" and self.table is not None
-        if self._encoded is None or log.done is None or not (whole or self.folding is not None):
+        if self._tokenizer is None or log.done is None or not (whole or self.folding is not None):
             return None
-        encoded = self._encoded[0]
+        if isinstance(self._pseudo, str):
+            return None
         assert self.table is not None
         training, held = rows_of(log.fold, self.config, self.table, self.folding)
-        options, steps = self.config.training, log.done["steps"]
+        lesson = self._pseudo.lesson(log.fold, self.table, training)
         found = []
-        for bucketing in (options.length_bucketing, False):
-            batches: list[NDArray[np.int64]] = []
-            windows = 0
-            for epoch in range(options.epochs):
-                for window in training_windows(
-                    training,
-                    encoded.lengths,
-                    batch_size=options.batch_size,
-                    micro_batch_size=options.micro_batch_size,
-                    bucketing=bucketing,
-                    seed=options.seed,
-                    epoch=epoch,
-                ):
-                    if windows < steps:
-                        batches += window
-                        windows += 1
-            found.append(_tokens(encoded, batches))
+        for bucketing in (self.config.training.length_bucketing, False):
+            options = self.config.training.model_copy(update={"length_bucketing": bucketing})
+            stages = Stages(lesson, self.config.model_copy(update={"training": options}), self._encoded.lengths)
+            windows = (window for epoch in range(stages.epochs) for window in stages.windows(epoch))
+            found.append(
+                _tokens(self._encoded, [rows for window in islice(windows, log.done["steps"]) for rows in window])
+            )
         (real, padded), (_, plain) = found
-        own, shown = _tokens(encoded, [held[places] for places in sorted_batches(encoded.lengths[held])])
+        limit = CPU_TOKENS if str(self.manifest["runtime"]).startswith("CPU") else GPU_TOKENS
+        batches = sorted_batches(self._encoded.lengths[held], max_tokens=limit)
+        own, shown = _tokens(self._encoded, [held[places] for places in batches])
         return Padding(real, 1 - real / padded, 1 - real / plain, 1 - own / shown if shown else 0.0)
 
 
@@ -223,7 +241,7 @@ def read_run(path: str | Path) -> RunRecord:
     folder = RunFolder(path)
     if not folder.config.exists() or not folder.manifest.exists():
         raise ValueError(f"{path} is no run folder: config.yaml or manifest.json is missing; see `comp oof`")
-    config, manifest = config_file.load(folder.config), read_json(folder.manifest)
+    config, manifest = config_file.load(folder.config), read_json(folder.manifest, *NEEDED)
     folds: list[Fold] = [*range(config.folds.num_folds), "full"]
     logs = [log for fold in folds if (log := _read_log(folder, fold)) is not None]
     if not logs:

@@ -24,6 +24,7 @@ from comp.runs import commit, now, write_atomic, write_json
 __all__ = [
     "build_submission",
     "build_without_sample",
+    "check_path",
     "read_submission",
     "score_submission",
     "validate_submission",
@@ -244,6 +245,17 @@ def validate_submission(
 # --- files --------------------------------------------------------------------------------------------------
 
 
+def check_path(path: Path) -> None:
+    """Raise ValueError where no submission can be written."""
+    if path.suffix != ".csv":
+        raise ValueError(f"a submission is a CSV file, got '{path}'; name it {path.stem}.csv")
+    if path.is_dir():
+        raise ValueError(f"a submission is a CSV file, but {path} is a folder; name a file in it")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"a submission cannot be written to {path}: {above} is no folder; name another place")
+
+
 def write_submission(path: Path, frame: pd.DataFrame, sidecar: Mapping[str, Any]) -> Path:
     """Write `frame` as CSV (9 digits, exact for float32) and its sidecar `<stem>.json`, both atomically.
 
@@ -251,8 +263,7 @@ def write_submission(path: Path, frame: pd.DataFrame, sidecar: Mapping[str, Any]
     columns and sha256. Returns the sidecar's path. An old sidecar goes first: never a new CSV beside an old
     story.
     """
-    if path.suffix != ".csv":
-        raise ValueError(f"a submission is a CSV file, got '{path}'; name it {path.stem}.csv")
+    check_path(path)
     raw = frame.to_csv(index=False, float_format="%.9g", lineterminator="\n").encode()
     story = path.with_suffix(".json")
     made = {"created": now(), "commit": commit()}  # asked before a file of the repository is touched

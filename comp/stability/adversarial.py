@@ -48,10 +48,10 @@ class FGM(NoAdversary):
         moving = [parameter for parameter in self.params if parameter.grad is not None]
         kept = [parameter.detach().clone() for parameter in moving]
         moved = bool(moving)
-        with torch.no_grad():
-            for parameter in moving:
-                moved = self._move(parameter) and moved
         try:
+            with torch.no_grad():
+                for parameter in moving:
+                    moved = self._move(parameter) and moved
             if moved:
                 self._before_second_pass()
             yield moved

@@ -118,14 +118,18 @@ class SWA(_Averager):
 
 
 class EMA(_Averager):
-    """Exponential moving average of every step, from the weights at the start."""
+    """Exponential moving average of every step after step `start`, from the weights there."""
 
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
+    def __init__(self, model: nn.Module, *, decay: float, start: int = 0) -> None:
         super().__init__(model)
-        self.decay = decay
+        self.decay, self.start = decay, start
         self.average = self.present()
 
     def update(self, step: int) -> None:
+        step -= self.start
+        if step < 1:
+            self.average = self.present() if step == 0 else self.average
+            return
         decay = min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(self.average, [p.detach().float() for p in self.params], 1 - decay)

@@ -25,6 +25,8 @@ class Cadence:
     """[(threshold, steps)], thresholds falling: the first row with threshold <= score gives the steps to the next."""
     start: int = 0
     """No evaluation up to this step."""
+    lead: int = 0
+    """Steps before the run, of a stage that is not scored; the steps asked about count them, all others do not."""
 
     @classmethod
     def from_unit(
@@ -35,18 +37,20 @@ class Cadence:
         every: tuple[float, Literal["percent", "steps"]] | None,
         table: Sequence[tuple[float, int]] | None,
         start_percent: float,
+        lead: int = 0,
     ) -> Cadence:
         """Build from the config's units."""
         interval = None
         if every is not None:
             interval = every[0] if every[1] == "steps" else every[0] / 100 * steps_per_epoch
-        return cls(num_steps, interval, table, start=int(start_percent / 100 * num_steps))
+        return cls(num_steps, interval, table, start=int(start_percent / 100 * num_steps), lead=lead)
 
     def due(self, step: int, last_step: int, last_score: float | None) -> bool:
         """Tell whether to evaluate after `step`.
 
         `last_step` and `last_score` are those of the latest evaluation; 0 and None before the first.
         """
+        step, last_step = step - self.lead, last_step - self.lead
         if step >= self.num_steps:
             return True
         if step <= self.start:

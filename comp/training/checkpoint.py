@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from comp.runs import write_atomic
 
-__all__ = ["load_weights", "save_weights", "step_of"]
+__all__ = ["bytes_of", "load_weights", "save_weights", "step_of"]
+
+PIECE = 2**21  # numbers read at a time
 
 
 def save_weights(path: Path, model: nn.Module, *, step: int | None = None) -> None:
@@ -23,6 +26,11 @@ def save_weights(path: Path, model: nn.Module, *, step: int | None = None) -> No
     # One entry only: safetensors writes several in an order of its own, and files of equal weights would differ.
     about = {"format": "pt"} if step is None else {"step": str(step)}
     write_atomic(path, lambda temporary: save_file(unique, temporary, metadata=about))
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return how many bytes the weights of a model take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def step_of(path: Path) -> int | None:
@@ -40,15 +48,16 @@ def load_weights(path: Path, model: nn.Module, *, without: str | None = None) ->
     if not path.exists():
         raise ValueError(f"weights {path} not found; was the fold trained to its end?")
     try:
-        state = load_file(path)
+        with safe_open(path, "pt") as file:
+            sizes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as fault:  # safetensors raises its own class for a damaged file
         raise ValueError(f"weights {path} cannot be read ({fault}); train the fold again with --restart") from None
     own = model.state_dict()
-    pointers = {tensor.data_ptr() for name, tensor in own.items() if name in state}
-    missing = [name for name, tensor in own.items() if name not in state and tensor.data_ptr() not in pointers]
-    state = {name: tensor for name, tensor in state.items() if without is None or not name.startswith(without)}
-    unknown = [name for name in state if name not in own]
-    shapes = [name for name in state if name in own and own[name].shape != state[name].shape]
+    pointers = {tensor.data_ptr() for name, tensor in own.items() if name in sizes}
+    missing = [name for name, tensor in own.items() if name not in sizes and tensor.data_ptr() not in pointers]
+    sizes = {name: size for name, size in sizes.items() if without is None or not name.startswith(without)}
+    unknown = [name for name in sizes if name not in own]
+    shapes = [name for name in sizes if name in own and tuple(own[name].shape) != sizes[name]]
     if missing or unknown or shapes:
         faults = [
             f"{len(names)} {what} ({names[0]})"
@@ -57,5 +66,27 @@ def load_weights(path: Path, model: nn.Module, *, without: str | None = None) ->
         ]
         raise ValueError(f"weights {path} do not fit this model: {', '.join(faults)}; config and checkpoint disagree")
     with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+        _copy(path, {name: own[name] for name in sizes})
+
+
+def _copy(path: Path, own: Mapping[str, torch.Tensor]) -> None:
+    """Copy weights piece by piece: read at once they would lie in memory a second time, beside those of the model.
+
+    What was read stays mapped as long as the file is open, so it is opened again for every few megabytes.
+    """
+    pieces: list[tuple[str, slice | None]] = []
+    for name, tensor in own.items():
+        rows = len(tensor) if tensor.ndim else 0
+        step = max(1, PIECE * rows // max(1, tensor.numel()))
+        pieces += [(name, slice(start, min(rows, start + step))) for start in range(0, rows, step)] or [(name, None)]
+    while pieces:
+        left = PIECE
+        with safe_open(path, "pt") as file:
+            while pieces and left > 0:
+                name, rows_of = pieces.pop(0)
+                if rows_of is None:
+                    own[name].copy_(file.get_tensor(name))
+                    continue
+                part = own[name][rows_of]
+                part.copy_(file.get_slice(name)[rows_of])
+                left -= part.numel()

@@ -16,23 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from comp.config import Config, parse_every
-from comp.data.batches import Labels, collate, training_windows
+from comp.config import Config
+from comp.data.batches import Labels, collate, longest_window
 from comp.data.folds import Folding, get_or_make_folds, train_rows, valid_rows
-from comp.data.leaks import Evidence, lint, too_good
+from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import Encoded, encode
+from comp.lock import hold
 from comp.metrics import METRICS, is_better
-from comp.model.backbone import load_tokenizer, save_recipe
+from comp.model.backbone import load_tokenizer, save_recipe, vocabulary_digest
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
 from comp.model.token_pooling import PoolerOutput
 from comp.optim import build_optimizer
 from comp.optim.groups import ParameterGroup, build_groups, group_table
 from comp.optim.lookahead import Lookahead
-from comp.optim.schedules import build_schedule
 from comp.progress import open_progress
-from comp.runs import RunFolder, claim, sweep, write_json, write_text
+from comp.runs import RunFolder, claim, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, release_memory, seed_everything
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
@@ -43,10 +43,12 @@ from comp.stability.prior_decay import PriorDecay
 from comp.stability.reinit import reinit_blocks_, reinit_linear_
 from comp.tracking import open_tracker
 from comp.training import oof
-from comp.training.cadence import Cadence, Never
-from comp.training.checkpoint import save_weights
+from comp.training.cadence import Never
+from comp.training.checkpoint import bytes_of, save_weights
 from comp.training.held_out import HeldOut
+from comp.training.lessons import NoPseudo, Stages, open_pseudo
 from comp.training.objective import Objective
+from comp.training.preflight import check_metric, check_rows, check_space, check_steps
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, Stopped, TrainState, fit
 
@@ -66,8 +68,10 @@ class Plan:
     table: Table
     folding: Folding | None
     """None when only the full-data model is trained."""
+    pseudo: NoPseudo
     tokenizer: Any
     encoded: Encoded
+    """The rows of the table, then pseudo rows."""
     runtime: Runtime
     save_every: SaveEvery
     say: Say
@@ -80,7 +84,7 @@ def parse_folds(text: str, num_folds: int) -> list[Fold]:
     if text == "full":
         return ["full"]
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
+    if not all(part.isdecimal() and int(part) < num_folds for part in parts) or len(set(parts)) != len(parts):
         raise ValueError(f"--fold '{text}': allowed are all, full, or numbers 0 to {num_folds - 1} like 0,2")
     return [int(part) for part in parts]
 
@@ -98,8 +102,14 @@ def run(
 
     `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`). `say`
     takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
-    ValueError, before any training, for whatever does not fit; Stopped after SIGTERM or Ctrl-C, the state saved.
+    ValueError, before any training, for whatever does not fit, or when another process trains this run; Stopped after
+    SIGTERM or Ctrl-C, the state saved.
     """
+    with hold(Path("runs") / name):
+        return _run(config, name, folds, restart, save_every, say)
+
+
+def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, say: Say) -> oof.Scores | None:
     every = parse_save_every(save_every)
     wanted = parse_folds(folds, config.folds.num_folds)
     if wanted == ["full"] and config.stability.averaging.name == "soup":
@@ -107,19 +117,30 @@ def run(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
     folder = RunFolder(Path("runs") / name)
-    table, folding = open_tables(config, wanted, say)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
-    if any(not folder.fold(fold).done.exists() or restart for fold in wanted):
+    table, folding = open_tables(config, wanted, say)
+    rows = {fold: rows_of(fold, config, table, folding) for fold in wanted}
+    for fold, own in rows.items():
+        check_rows(config, table, fold, *own)
+    pseudo = open_pseudo(config, table, folding, wanted, say)
+    for fold, (training, _) in rows.items():
+        check_steps(config, fold, pseudo.lesson(fold, table, training))
+    coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
+    if coming:
         # What does not fit is said now, before anything is written.
-        _optimizer(config, _groups(config, *_model(config, table, tokenizer)))
+        model, fresh = _model(config, table, tokenizer)
+        _optimizer(config, _groups(config, model, fresh))
+        check_space(config, coming, bytes_of(model), len(table), every)
+        del model, fresh
         release_memory()
-    encoded = encode(tokenizer, table.texts, **config.model.cutting)
-    marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {})}
-    about = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
+    marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
+    about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    about["tokenizer"] = vocabulary_digest(tokenizer)
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
-    plan = Plan(config, folder, table, folding, tokenizer, encoded, runtime, every, say)
+    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
     if encoded.num_windowed:
         say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
@@ -144,6 +165,7 @@ def open_tables(config: Config, wanted: Sequence[Fold], say: Say) -> tuple[Table
     table, test = read_competition(config.competition, config.tasks)
     folding = None
     if wanted != ["full"]:
+        check_metric(config, table, slice(None), config.competition.train)
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
     for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
         say(f"warning: {leak}")
@@ -163,15 +185,14 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
-    if fold != "full" and not len(held_out):
-        raise ValueError(f"fold {fold} has no rows to validate on; look at the fold file with `comp folds`")
-
+    folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
     seed_everything(config.training.seed)
     model, fresh = _model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     start = start_digest(model)
     model.to(runtime.device)
-    save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
+    with full_disk_said(plan.folder.backbone):
+        save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
     groups = _groups(config, model, fresh)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -187,19 +208,14 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     optimizer = _optimizer(config, groups)
     PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
 
-    steps_per_epoch = -(-len(training) // config.training.batch_size)
-    num_steps = steps_per_epoch * config.training.epochs
-    if isinstance(optimizer, Lookahead) and optimizer.steps > num_steps:
-        raise ValueError(
-            f"fold {fold} trains for {num_steps} steps, but lookahead moves its slow weights, the ones that are kept, "
-            f"every {optimizer.steps} steps only: they would stay as they are; lower its steps"
-        )
-    schedule = build_schedule(config.schedule, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
-    averager, schedule = _averager(config, model, schedule, num_steps)
-    labels = Labels(table.targets, table.weights, table.errors)
+    lesson = plan.pseudo.lesson(fold, table, training)
+    stages = Stages(lesson, config, plan.encoded.lengths)
+    num_steps = stages.num_steps
+    averager, schedule = _averager(config, model, stages)
+    labels = Labels(lesson.table.targets, lesson.table.weights, lesson.table.errors)
     held = HeldOut(
         model,
-        plan.encoded,
+        plan.encoded.head(len(table)),
         held_out,
         table=table,
         tasks=config.tasks,
@@ -223,7 +239,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         folder,
         {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
         start=start,
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        weight_bytes=bytes_of(model),
         mark=tracker.mark,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
@@ -231,8 +247,10 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
-        config.tasks, table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
+        config.tasks, lesson.table, training, num_masks=num_masks, rdrop=rdrop, supcon=_supcon(config, table, training)
     )
+    sizes = config.training.model_dump(include={"batch_size", "micro_batch_size"})
+    on_gpu = runtime.device.type == "cuda"
     parts = Parts(
         model=model,
         optimizer=optimizer,
@@ -240,7 +258,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         scaler=scaler,
         autocast=runtime.autocast,
         device=runtime.device,
-        windows=partial(_windows, plan, training),
+        windows=stages.windows,
         collate=lambda rows: collate(plan.encoded, rows, labels),
         count=objective.count,
         outputs=twice(model) if rdrop else model,
@@ -252,18 +270,23 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         keep_best=held.keep_best,
         showing=showing,
         is_better=partial(is_better, config.metric),
-        cadence=_cadence(config, num_steps, steps_per_epoch) if fold != "full" else Never(),
+        cadence=stages.cadence() if fold != "full" else Never(),
         saver=saver,
         stop_asked=lambda: stopper.signal,
         tracker=tracker,
         progress=progress,
-        epochs=config.training.epochs,
-        steps_per_epoch=steps_per_epoch,
+        epochs=stages.epochs,
+        steps_per_epoch=stages.steps_per_epoch,
+        lead_steps=stages.lead_steps,
         peak_lr=config.optimizer.lr,
         clip_norm=config.optimizer.clip_norm,
         patience=config.evaluation.patience,
+        whole_batch=config.whole_batch,
+        # On a CPU memory does not run out in words: the system ends the process.
+        largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes) if on_gpu else None,
+        blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
     )
-    plan.say(f"fold {fold}: {len(training):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
+    plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
         state = TrainState() if saved is None else saver.restore(saved)
         if saved is not None:
@@ -350,6 +373,7 @@ def _model(config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, lis
         freeze_embeddings=model.freeze_embeddings,
         freeze_layers=model.freeze_layers,
         gradient_checkpointing=model.gradient_checkpointing,
+        allow_pickle=model.allow_pickle,
     )
     fresh = reinit_blocks_(built.backbone, stability.reinit_layers)
     if stability.reinit_pooler:
@@ -383,18 +407,17 @@ def _optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Opti
     return build_optimizer(groups=groups, **own)
 
 
-def _averager(
-    config: Config, model: TextModel, schedule: Callable[[int], float], num_steps: int
-) -> tuple[NoAverager, Callable[[int], float]]:
+def _averager(config: Config, model: TextModel, stages: Stages) -> tuple[NoAverager, Callable[[int], float]]:
     """Build what stability.averaging says; return it and the schedule, which SWA holds constant from its start."""
-    chosen = config.stability.averaging
+    chosen, schedule, steps, lead = config.stability.averaging, stages.schedule(), stages.last_steps, stages.lead_steps
     if chosen.name == "swa":
-        start = max(1, math.ceil(num_steps * chosen.start_percent / 100))
-        constant = chosen.lr_factor
-        average = SWA(model, start=start, interval=max(1, (num_steps - start) // (chosen.points - 1)))
-        return average, schedule if constant is None else lambda step: schedule(step) if step < start else constant
+        start = max(1, math.ceil(steps * chosen.start_percent / 100))
+        constant, from_here = chosen.lr_factor, lead + start
+        average = SWA(model, start=from_here, interval=max(1, (steps - start) // (chosen.points - 1)))
+        return average, schedule if constant is None else lambda step: schedule(step) if step < from_here else constant
     if chosen.name == "ema":
-        return EMA(model, decay=max(0.0, 1 - 10 / num_steps) if chosen.decay is None else chosen.decay), schedule
+        decay = max(0.0, 1 - 10 / steps) if chosen.decay is None else chosen.decay
+        return EMA(model, decay=decay, start=lead), schedule
     if chosen.name == "soup":
         return Soup(
             model, size=chosen.size, greedy=chosen.greedy, is_better=partial(is_better, config.metric)
@@ -431,29 +454,6 @@ def _supcon(config: Config, table: Table, training: NDArray[np.int64]) -> SupCon
     return SupCon(first.kind, table.targets[first.name][training], **chosen.model_dump()) if chosen.weight else None
 
 
-def _windows(plan: Plan, training: NDArray[np.int64], epoch: int) -> list[list[NDArray[np.int64]]]:
-    options = plan.config.training
-    return training_windows(
-        training,
-        plan.encoded.lengths,
-        batch_size=options.batch_size,
-        micro_batch_size=options.micro_batch_size,
-        bucketing=options.length_bucketing,
-        seed=options.seed,
-        epoch=epoch,
-    )
-
-
-def _cadence(config: Config, num_steps: int, steps_per_epoch: int) -> Cadence:
-    return Cadence.from_unit(
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
-        every=parse_every(config.evaluation.every) if config.evaluation.every else None,
-        table=config.evaluation.schedule,
-        start_percent=config.evaluation.start_percent,
-    )
-
-
 def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.Scores | None:
     """Gather the finished folds, print each task's scores three ways and write scores.json."""
     finished = [fold for fold in folder.finished_folds() if isinstance(fold, int)]
@@ -476,8 +476,8 @@ def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.
     task = config.tasks[0]
     target = frame[[f"target_{task.name}_{name}" for name in task.targets]].to_numpy()
     pred = frame[[f"pred_{task.name}_{name}" for name in oof.output_names(task, classes)]].to_numpy()
-    if doubt := too_good(task.kind, target, pred):
-        say(f"warning: {doubt}")
+    if leak := better_than_can_be([OutOfFold(folder.name, task.kind, target, pred)]):
+        say(f"warning: {leak}")
     if flatters is not None and flatters[1] > 1:
         say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
     if missing:

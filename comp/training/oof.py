@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp.config import Task
+from comp.data.frames import read_frame
 from comp.metrics import evaluate, evaluate_known, is_better
 from comp.runs import RunFolder, read_json, write_atomic
 from comp.training.optimism import flattery
@@ -65,7 +66,7 @@ def read_rows(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
     Raises ValueError when an id comes twice or a prediction is not finite. A missing target of an auxiliary task is
     NaN in its target column.
     """
-    frame = pd.concat([pd.read_parquet(folder.fold(fold).oof) for fold in folds], ignore_index=True)
+    frame = pd.concat([read_frame(folder.fold(fold).oof, "id") for fold in folds], ignore_index=True)
     twice = frame["id"][frame["id"].duplicated()].unique()
     if len(twice):
         raise ValueError(

@@ -20,7 +20,7 @@ __all__ = ["SeedScores", "parse_seeds", "run_seeds", "summarize"]
 def parse_seeds(text: str) -> list[int]:
     """Read "0,1,2". Raises ValueError that says what is allowed."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts) or len(set(parts)) != len(parts):
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) != len(parts):
         raise ValueError(f"--seeds '{text}': allowed are different whole numbers like 0,1,2")
     return [int(part) for part in parts]
 

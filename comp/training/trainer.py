@@ -20,7 +20,9 @@ from torch import nn
 
 from comp.data.batches import Batch
 from comp.progress import NullProgress
+from comp.runtime import random_state, release_memory, set_random_state
 from comp.tracking import Tracker
+from comp.training.memory import Exhausted, cut, halved, running_out
 
 __all__ = ["NonFiniteError", "Parts", "Stopped", "TrainState", "fit"]
 
@@ -85,6 +87,8 @@ class TrainState:
     """Windows of the present epoch done."""
     unlogged: list[tuple[int, float, float, float]] = field(default_factory=list)
     """(step, loss, gradient norm, learning rate) of the steps no log line covers yet; set when the state is saved."""
+    micro_rows: int | None = None
+    """Rows of a micro-batch since memory ran out; None = as the windows are cut."""
     unlogged_tokens: int = 0
     """Real tokens of those steps."""
     train_seconds: float = 0.0
@@ -134,26 +138,35 @@ class Parts:
     progress: NullProgress
     epochs: int
     steps_per_epoch: int
+    """Of the epochs that durations count."""
     peak_lr: float
     """The config's learning rate, which logs show times the schedule; groups have their own."""
     clip_norm: float | None = None
     patience: int | None = None
+    lead_steps: int = 0
+    """Steps of a stage before, which durations do not count."""
+    whole_batch: str | None = None
+    """What forbids to part a batch into smaller micro-batches; None = nothing."""
+    largest: Sequence[Rows] | None = None
+    """The window that takes most memory, to be tried after the first step; None = not tried."""
+    blame: Callable[[Rows, dict[str, float]], str] = lambda rows, about: ""
+    """Keep the rows of a step that is not finite, and return words that name them."""
 
 
 def fit(parts: Parts, state: TrainState) -> TrainState:
     """Train from `state` to the last epoch, or until patience runs out.
 
     Raises NonFiniteError when loss or gradient is not finite: the best weights kept so far stay as they are. Raises
-    Stopped, the state saved, when that was asked for.
+    Stopped, the state saved, when that was asked for; ValueError when memory runs out with one row at a time.
     """
     pulse = _Pulse(parts, state)
     parts.model.train()
     parts.optimizer.zero_grad(set_to_none=True)
+    largest = parts.largest
     while state.epoch < parts.epochs and not state.stopped_early:
         for window in parts.windows(state.epoch)[state.window :]:
             lr = _set_rates(parts, state.step)
-            loss = _backward(parts, state, window)
-            _attack(parts, state, window)
+            loss = _gradient(parts, state, window)
             norm = _clip(parts)
             parts.scaler.step(parts.optimizer)
             parts.scaler.update()
@@ -161,7 +174,10 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
             state.step += 1
             state.window += 1
             parts.averager.update(state.step)
-            pulse.beat(loss, norm, lr)
+            pulse.beat(loss, norm, lr, window)
+            if largest is not None:  # after a step, when the optimizer's moments are there too
+                _rehearse(parts, state, largest)
+                largest = None
             evaluated = parts.cadence.due(state.step, state.last_eval_step, state.last_score)
             if evaluated:
                 pulse.read()
@@ -196,6 +212,38 @@ def _set_rates(parts: Parts, step: int) -> float:
     return parts.peak_lr * multiplier
 
 
+def _gradient(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.Tensor:
+    """Accumulate the gradient of one window, an attack included; return its mean loss, still on the device.
+
+    Where memory runs out, the whole step is done again from where it began, in micro-batches of half the size, and
+    all later ones are cut so too.
+    """
+    while True:
+        random, tokens = random_state(), state.num_tokens
+        micro = cut(window, state.micro_rows)
+        try:
+            with running_out():
+                loss = _backward(parts, state, micro)
+                _attack(parts, state, micro)
+            return loss
+        except Exhausted as fault:
+            reason = str(fault)
+        parts.optimizer.zero_grad(set_to_none=True)
+        state.num_tokens = tokens
+        set_random_state(random)
+        release_memory()
+        state.micro_rows = halved(micro, parts.whole_batch, state.step + 1, reason)
+
+
+def _rehearse(parts: Parts, state: TrainState, window: Sequence[Rows]) -> None:
+    """Try the window that takes most memory, so that it runs out now and not after hours; nothing else changes."""
+    random, tokens = random_state(), state.num_tokens
+    _gradient(parts, state, window)
+    parts.optimizer.zero_grad(set_to_none=True)
+    state.num_tokens = tokens
+    set_random_state(random)
+
+
 def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.Tensor:
     """Accumulate the gradient of one window; return its mean loss, still on the device."""
     items = parts.count(np.concatenate(window))
@@ -213,7 +261,8 @@ def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.
 
 def _attack(parts: Parts, state: TrainState, window: Sequence[Rows]) -> None:
     """Pass the window again at weights where its loss is worse, when that is due; tokens are not counted twice."""
-    if not parts.adversary.due(state.step / parts.steps_per_epoch, state.best_score):
+    epochs = (state.step - parts.lead_steps) / parts.steps_per_epoch
+    if not parts.adversary.due(epochs, state.best_score):
         return
     tokens = state.num_tokens
     with parts.adversary.perturbed() as moved:
@@ -263,8 +312,8 @@ class _Pulse:
 
     def __init__(self, parts: Parts, state: TrainState) -> None:
         self.parts, self.state = parts, state
-        self.waiting: list[tuple[int, torch.Tensor, torch.Tensor, float]] = [
-            (step, torch.tensor(loss, device=parts.device), torch.tensor(norm, device=parts.device), lr)
+        self.waiting: list[tuple[int, torch.Tensor, torch.Tensor, float, Sequence[Rows]]] = [
+            (step, torch.tensor(loss, device=parts.device), torch.tensor(norm, device=parts.device), lr, [])
             for step, loss, norm, lr in state.unlogged
         ]
         self.started, self.tokens = time.perf_counter(), state.num_tokens - state.unlogged_tokens
@@ -272,9 +321,9 @@ class _Pulse:
         self.shown: dict[str, str] = {}
         self.lr = 0.0
 
-    def beat(self, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
+    def beat(self, loss: torch.Tensor, norm: torch.Tensor, lr: float, window: Sequence[Rows]) -> None:
         self.lr = lr
-        self.waiting.append((self.state.step, loss, norm, lr))
+        self.waiting.append((self.state.step, loss, norm, lr, window))
         if len(self.waiting) >= LOG_STEPS:
             self.read()
 
@@ -283,9 +332,9 @@ class _Pulse:
 
         Raises NonFiniteError rather than let a state be saved that can only fail again.
         """
-        self.state.unlogged = [(step, float(loss), float(norm), lr) for step, loss, norm, lr in self.waiting]
-        for step, loss, norm, lr in self.state.unlogged:
-            self._check(step, loss, norm, lr)
+        self.state.unlogged = [(step, float(loss), float(norm), lr) for step, loss, norm, lr, _ in self.waiting]
+        for (step, loss, norm, lr), (*_, window) in zip(self.state.unlogged, self.waiting, strict=True):
+            self._check(step, loss, norm, lr, window)
         self.state.unlogged_tokens = self.state.num_tokens - self.tokens
 
     def pause(self, seconds: float) -> None:
@@ -296,9 +345,9 @@ class _Pulse:
         if not self.waiting:
             return
         state, now = self.state, time.perf_counter()
-        numbers = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm, _ in self.waiting]).tolist()
-        for (step, _, _, lr), (loss, norm) in zip(self.waiting, numbers, strict=True):
-            self._check(step, loss, norm, lr)
+        numbers = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm, *_ in self.waiting]).tolist()
+        for (step, _, _, lr, window), (loss, norm) in zip(self.waiting, numbers, strict=True):
+            self._check(step, loss, norm, lr, window)
         seconds = now - self.started
         rate = (state.num_tokens - self.tokens) / max(seconds, 1e-9)
         state.train_seconds += seconds
@@ -313,10 +362,12 @@ class _Pulse:
         self.waiting.clear()
         self.started, self.tokens = time.perf_counter(), state.num_tokens
 
-    def _check(self, step: int, loss: float, norm: float, lr: float) -> None:
+    def _check(self, step: int, loss: float, norm: float, lr: float, window: Sequence[Rows]) -> None:
         # Under a loss scaler an infinite gradient is a skipped step, and normal.
         if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
-            raise NonFiniteError(_advice(step, f"loss {loss}, gradient norm {norm}", lr))
+            about = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
+            named = self.parts.blame(np.concatenate(window), about) if window else ""
+            raise NonFiniteError(_advice(step, f"loss {loss}, gradient norm {norm}{named}", lr))
 
     def show(self, steps: int = 0) -> None:
         """Move the progress line by `steps`; without, only bring its best score up to date."""

@@ -1,0 +1,98 @@
+"""What a run is told before it starts, and before anything is written: steps, rows and metric that cannot work."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.config import Config
+from comp.data.tables import Table
+from comp.metrics import evaluate
+from comp.runs import FoldFolder
+from comp.training.lessons import Lesson, Stages
+from comp.training.resume import FIRST_SIZE, SaveEvery
+
+__all__ = ["check_metric", "check_rows", "check_space", "check_steps"]
+
+Rows = NDArray[np.int64]
+
+
+def check_steps(config: Config, fold: int | str, lesson: Lesson) -> None:
+    """Raise ValueError for a fold whose steps are too few for the schedule's warm-up or for Lookahead."""
+    stages = Stages(lesson, config, lengths=np.zeros(0, np.int64))
+    stages.schedule()
+    lookahead = getattr(config.optimizer, "lookahead", None)
+    if config.optimizer.name == "radam_lookahead":
+        lookahead = config.optimizer
+    if lookahead is not None and lookahead.steps > stages.num_steps:
+        raise ValueError(
+            f"fold {fold} trains for {stages.num_steps} steps, but lookahead moves its slow weights, the ones that are "
+            f"kept, every {lookahead.steps} steps only: they would stay as they are; lower its steps"
+        )
+
+
+def check_rows(config: Config, table: Table, fold: int | str, training: Rows, held_out: Rows) -> None:
+    """Raise ValueError for a fold without rows, or whose held-out rows the metric is not defined on."""
+    for rows, what in ((training, "train"), *(() if fold == "full" else ((held_out, "validate"),))):
+        if not len(rows):
+            raise ValueError(f"fold {fold} has no rows to {what} on; look at the fold file with `comp folds`")
+    if fold != "full":
+        check_metric(config, table, held_out, f"fold {fold}")
+
+
+def check_metric(config: Config, table: Table, held_out: Rows | slice, where: str) -> None:
+    """Raise ValueError where the metric is not defined on some rows: it would be after an epoch, otherwise."""
+    task = config.tasks[0]
+    targets = table.targets[task.name][held_out].astype(np.float64)
+    classes = len(table.classes.get(task.name, ())) if task.kind == "multiclass" else targets.shape[1]
+    probable = np.random.default_rng(0).dirichlet(np.ones(classes), len(targets))  # of any kind: within 0..1
+    try:
+        evaluate(config.metric, targets, probable, task.kind)
+    except ValueError as fault:
+        raise ValueError(f"{where}: {fault}") from None
+
+
+def space_of(
+    config: Config, folds: int, full: bool, weight_bytes: int, num_rows: int, every: SaveEvery
+) -> dict[str, int]:
+    """Return what a run will write, name -> bytes: weights, the states of one fold, predictions.
+
+    `folds` with held-out rows keep their best and last weights, the `full` one its last; with averages one more each.
+    Two states lie side by side, of the fold that trains. A soup keeps its checkpoints in the state.
+    """
+    averaging = config.stability.averaging
+    averaged = averaging.name != "none"
+    kept = folds * (2 + averaged) + full * (1 + averaged)
+    average = {"none": 0, "swa": 1, "ema": 1}.get(averaging.name, getattr(averaging, "size", 0))
+    states = 0 if every.unit == "never" else 2 * (FIRST_SIZE + average)
+    outputs = sum(len(task.targets) for task in config.tasks)
+    return {
+        "weights": kept * weight_bytes,
+        "states": states * weight_bytes,
+        "predictions": 8 * 8 * num_rows * outputs,  # three kinds of weights, and a few evaluations
+    }
+
+
+def check_space(
+    config: Config, folders: Sequence[FoldFolder], weight_bytes: int, num_rows: int, every: SaveEvery
+) -> None:
+    """Raise ValueError when the disk has less room than the folds that are to be trained will take."""
+    full = any(folder.path.name == "full" for folder in folders)
+    needed = space_of(config, len(folders) - full, full, weight_bytes, num_rows, every)
+    there = sum(file.stat().st_size for folder in folders for file in folder.path.glob("*") if file.is_file())
+    place = next(above for above in (folders[0].path, *folders[0].path.absolute().parents) if above.exists())
+    free, total = shutil.disk_usage(place).free, sum(needed.values())
+    if total - there > free:
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.items())
+        raise ValueError(
+            f"the run will take {_size(total)} ({parts}), of which {_size(there)} are there, but the disk of "
+            f"{folders[0].path.parent} has {_size(free)} left; free some, train fewer folds at a time (--fold 0), or "
+            "keep no states (--save-every never)"
+        )
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.2f} MiB"
