@@ -17,7 +17,8 @@ $(STAMP): pyproject.toml constraints.txt
 	       "Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[demo,track,optimizers,features,kaggle,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt \
+	  -e '.[demo,track,optimizers,features,explain,kaggle,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## write a small competition, train on it, score the submission (a few minutes)

@@ -22,7 +22,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-TIMED = ("time", "train/tokens_per_second", "seconds", "evaluation_share", "tokens_per_second")
+TIMED = (
+    "time",
+    "train/tokens_per_second",
+    "seconds",
+    "train_seconds",
+    "eval_seconds",
+    "evaluation_share",
+    "tokens_per_second",
+)
 FOLDS = 2
 CONFIG = """
 competition: {name: kill, train: train.csv, id: id, text: text}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -20,7 +20,17 @@ from pydantic import BaseModel, ValidationError
 from comp.catalog import nearest
 from comp.config import Config
 
-__all__ = ["ConfigError", "dump", "find", "load", "parse_pairs", "parse_yaml", "schema"]
+__all__ = [
+    "ConfigError",
+    "differences",
+    "dump",
+    "find",
+    "load",
+    "load_base",
+    "parse_pairs",
+    "parse_yaml",
+    "schema",
+]
 
 FOLDER = Path("configs")
 Keys = tuple[str | int, ...]
@@ -304,6 +314,42 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     if faults or config is None:
         raise ConfigError(str(file), list(dict.fromkeys(faults)))
     return config
+
+
+def load_base(config: Config) -> tuple[Config, str]:
+    """Return what `config` would be without its own settings, and where that comes from, in words.
+
+    Competition, tasks, metric and backbone are kept; the rest is configs/base.yaml over the defaults, or the defaults
+    alone where there is no such file, or it does not go together with those.
+    """
+    kept = config.model_dump(mode="json", include={"competition": True, "tasks": True, "metric": True})
+    kept["model"] = {"backbone": config.model.backbone}
+    file = FOLDER / "base.yaml"
+    if file.is_file():
+        merged = _Merged()
+        merged.merge(kept, "run")
+        try:
+            _read(file, merged, ())
+            return Config.model_validate(merged.data), f"{file} as it is now"
+        except ValueError:  # pydantic's is one, too
+            pass
+    return Config.model_validate(kept), "the defaults"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, old value, new value) where two dumped configs differ; None for a key that one has not.
+
+    `tracking` is left out: it changes no result.
+    """
+    before, after = _flat(old), _flat(new)
+    keys = [key for key in {**after, **before} if not key.startswith("tracking.")]
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, part in value.items() for k, v in _flat(part, f"{key}.{name}".strip(".")).items()}
+    return {key: value}
 
 
 # --- saying what is wrong --------------------------------------------------------------------------------------------

@@ -331,14 +331,7 @@ def claim(
 
 def _difference(path: Path, config: Config) -> str:
     """Return ": key old -> new, ..." between the saved config and this one."""
-
-    def flat(value: Any, key: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for name, part in value.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
-        return {key: value}
-
-    old = flat(config_file.parse_yaml(path.read_text(encoding="utf-8")))
-    new = flat(config.model_dump(mode="json"))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not key.startswith("tracking.")]
-    shown = ", ".join(f"{key} {old.get(key)} -> {new.get(key)}" for key in keys[:5])
-    return f": {shown}{', ...' if len(keys) > 5 else ''}" if keys else ""
+    saved = config_file.parse_yaml(path.read_text(encoding="utf-8"))
+    found = config_file.differences(saved, config.model_dump(mode="json"))
+    shown = ", ".join(f"{key} {old} -> {new}" for key, old, new in found[:5])
+    return f": {shown}{', ...' if len(found) > 5 else ''}" if found else ""

@@ -94,12 +94,18 @@ class Members:
 
 
 def gather(
-    paths: Sequence[str | Path], *, weights: str = "best", rows: str | None = None, any_folds: bool = False
+    paths: Sequence[str | Path],
+    *,
+    weights: str = "best",
+    rows: str | None = None,
+    any_folds: bool = False,
+    metric: str | None = None,
 ) -> Members:
     """Read runs and put their predictions of the first task side by side.
 
     `rows`: a pandas query over the columns of the training table; only those rows are fitted to and scored.
-    `any_folds`: allow runs on different fold files. Raises ValueError when the runs cannot be blended: another task,
+    `any_folds`: allow runs on different fold files. `metric`: to score by, instead of the one that all runs must then
+    share. Raises ValueError when the runs cannot be blended: another task,
     metric, data or folds, no rows in common, weights that a run does not have.
     """
     if len({Path(path).resolve() for path in paths}) != len(paths):
@@ -109,7 +115,7 @@ def gather(
         raise ValueError("no run to blend; name them with --run, see `comp oof`")
     first = members[0]
     for other in members[1:]:
-        _must_fit(first, other, any_folds=any_folds)
+        _must_fit(first, other, any_folds=any_folds, any_metric=metric is not None)
     kind = COLUMN.get(weights)
     if kind is None:
         raise ValueError(f"weights '{weights}': allowed are {', '.join(COLUMN)}")
@@ -126,13 +132,13 @@ def gather(
         raise ValueError(f"the runs have no rows in common{'' if rows is None else f' that fit --rows {rows!r}'}")
     preds = np.stack([member.rows.loc[common, member.columns(kind)].to_numpy(float) for member in members])
     targets = first.rows.loc[common, first.columns("target")]
-    problem = Problem(preds, targets.to_numpy(float), first.task.kind, first.config.metric)
+    problem = Problem(preds, targets.to_numpy(float), first.task.kind, metric or first.config.metric)
     fold = first.rows.loc[common, "fold"].to_numpy(np.int64)
     return Members(members, common.to_numpy(object), fold, problem, weights, union - len(common))
 
 
-def _must_fit(first: Member, other: Member, *, any_folds: bool) -> None:
-    """Raise ValueError unless two runs can stand in one blend."""
+def _must_fit(first: Member, other: Member, *, any_folds: bool, any_metric: bool) -> None:
+    """Raise ValueError unless two runs can stand side by side."""
     where = f"{first.folder.path} and {other.folder.path}"
     for what, one, two in (
         ("kind of task", first.task.kind, other.task.kind),
@@ -140,8 +146,8 @@ def _must_fit(first: Member, other: Member, *, any_folds: bool) -> None:
         ("outputs", first.outputs, other.outputs),
         ("metric", first.config.metric, other.config.metric),
     ):
-        if one != two:
-            raise ValueError(f"{where} differ in their {what}: {one} and {two}; blend runs of one competition")
+        if one != two and not (what == "metric" and any_metric):
+            raise ValueError(f"{where} differ in their {what}: {one} and {two}; take runs of one competition")
     same = first.rows.index.intersection(other.rows.index)
     mine, theirs = (run.rows.loc[same, run.columns("target")].to_numpy(float) for run in (first, other))
     if not np.array_equal(mine, theirs):

@@ -26,6 +26,7 @@ __all__ = [
     "Memory",
     "Template",
     "encode",
+    "places",
     "share_out",
     "template_of",
     "window_starts",
@@ -250,6 +251,31 @@ def _cut_row(
         return [[*before, [(0, last)]]], whole
     starts, covered = window_starts(last, size, windows["stride"], windows["max_windows"], truncation)
     return [[*before, [(start, start + size)]] for start in starts], whole and covered
+
+
+def places(
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    *,
+    max_length: int,
+    truncation: str = "head",
+    windows: Mapping[str, int] | None = None,
+) -> list[list[Span]]:
+    """Return where each token of a row's pieces, as `encode` makes them, comes from.
+
+    `lengths`: tokens of each of the row's texts, without special ones. A token is (text column, place among its
+    tokens); (-1, -1) = special.
+    """
+    template = template_of(tokenizer, len(lengths))
+    pieces, _ = _cut_row(list(lengths), max_length - template.num_special, truncation, windows)
+    found = []
+    for piece in pieces:
+        own: list[Span] = []
+        for field, gap in enumerate(template.gaps):
+            own += [(SPECIAL, -1)] * len(gap)
+            own += [(field, place) for a, b in (piece[field] if field < len(piece) else []) for place in range(a, b)]
+        found.append(own)
+    return found
 
 
 class _Builder:

@@ -322,6 +322,9 @@ def _summary(state: TrainState, averaged: float | None, seconds: float) -> dict[
     return {
         "steps": state.step,
         "seconds": round(seconds, 1),
+        "train_seconds": round(state.train_seconds, 1),
+        "eval_seconds": round(state.eval_seconds, 1),
+        "tokens": state.num_tokens,
         "best": state.best_score,
         "best_step": state.best_step,
         "last": state.last_score,

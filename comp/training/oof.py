@@ -23,7 +23,7 @@ from comp.runs import RunFolder, read_json, write_atomic
 from comp.training.optimism import flattery
 from comp.training.predict import Predictions
 
-__all__ = ["COLUMN", "Scores", "gather", "keep_best_flattery", "output_names", "score", "write"]
+__all__ = ["COLUMN", "Scores", "gather", "keep_best_flattery", "output_names", "read_rows", "score", "write"]
 
 COLUMN = {"best": "pred", "last": "last", "averaged": "averaged"}
 """Which weights -> how their columns start."""
@@ -60,10 +60,9 @@ def write(
     write_atomic(path, lambda temporary: frame.to_parquet(temporary, index=False))
 
 
-def gather(folder: RunFolder, folds: Sequence[int], *, seed: int) -> pd.DataFrame:
-    """Put the finished folds' rows together, audit them and write the run's oof.parquet.
+def read_rows(folder: RunFolder, folds: Sequence[int]) -> pd.DataFrame:
+    """Put the finished folds' rows together and audit them; nothing is written.
 
-    It gets a column `seed`, and the fingerprints of data, folds and config as `attrs["fingerprints"]`.
     Raises ValueError when an id comes twice or a prediction is not finite. A missing target of an auxiliary task is
     NaN in its target column.
     """
@@ -79,6 +78,15 @@ def gather(folder: RunFolder, folds: Sequence[int], *, seed: int) -> pd.DataFram
     )
     if not np.isfinite(numbers).all():
         raise ValueError(f"{folder.path}: out-of-fold rows hold NaN or infinite values; train again with --restart")
+    return frame
+
+
+def gather(folder: RunFolder, folds: Sequence[int], *, seed: int) -> pd.DataFrame:
+    """Put the finished folds' rows together and write the run's oof.parquet. Raises ValueError as `read_rows`.
+
+    It gets a column `seed`, and the fingerprints of data, folds and config as `attrs["fingerprints"]`.
+    """
+    frame = read_rows(folder, folds)
     frame.insert(2, "seed", seed)
     frame.attrs["fingerprints"] = read_json(folder.manifest)["fingerprints"]
     write_atomic(folder.oof, lambda temporary: frame.to_parquet(temporary, index=False))
@@ -116,13 +124,22 @@ class Scores:
     @property
     def std(self) -> float:
         """Standard deviation between folds (ddof 1; 0 for one fold), best weights."""
-        values = [score for score in self.folds.values() if score is not None]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return _std(self.folds)
 
     @property
     def last_mean(self) -> Score:
         """Mean of the folds' scores, last weights."""
         return _mean(self.last_folds)
+
+    @property
+    def averaged_mean(self) -> Score:
+        """Mean of the folds' scores, averaged weights; None where there are none."""
+        return None if self.averaged_folds is None else _mean(self.averaged_folds)
+
+    @property
+    def spreads(self) -> list[float]:
+        """Standard deviation between folds by best, last and, where there are such, averaged weights."""
+        return [_std(folds) for folds in (self.folds, self.last_folds, self.averaged_folds) if folds is not None]
 
     @property
     def ahead(self) -> str | None:
@@ -150,8 +167,7 @@ class Scores:
         }
 
     def _averaged(self) -> dict[str, object]:
-        assert self.averaged_folds is not None
-        return {"folds": self.averaged_folds, "mean": _mean(self.averaged_folds), "pooled": self.averaged_pooled}
+        return {"folds": self.averaged_folds, "mean": self.averaged_mean, "pooled": self.averaged_pooled}
 
     def table(self, title: str | None = None) -> str:
         """Return the scores as text, best beside last, under `title` (the metric by default)."""
@@ -159,7 +175,7 @@ class Scores:
         columns = [
             (self.folds, self.mean, self.pooled),
             (self.last_folds, self.last_mean, self.last_pooled),
-            *([(f, _mean(f), self.averaged_pooled)] if (f := self.averaged_folds) is not None else []),
+            *([(f, self.averaged_mean, self.averaged_pooled)] if (f := self.averaged_folds) is not None else []),
         ]
 
         def line(name: str, scores: Sequence[Score], more: str = "") -> str:
@@ -199,6 +215,11 @@ def keep_best_flattery(folder: RunFolder, folds: Sequence[int], task: Task, metr
 def _mean(folds: Mapping[int, Score]) -> Score:
     values = [score for score in folds.values() if score is not None]
     return float(np.mean(values)) if values else None
+
+
+def _std(folds: Mapping[int, Score]) -> float:
+    values = [score for score in folds.values() if score is not None]
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def score(

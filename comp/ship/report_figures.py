@@ -1,0 +1,411 @@
+"""PICTURES: the figures of reports, drawn by Matplotlib (extra `report`) as SVG for the page and as PNG files.
+
+Each function draws its data into an empty figure. Colours are those of Okabe and Ito, told apart by colour-blind
+readers too; where order matters, one hue from light to dark.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.catalog import pick
+from comp.ship.report_page import Picture
+
+__all__ = ["PICTURES", "Drawn", "draw", "need_matplotlib"]
+
+Figure: TypeAlias = Any  # of Matplotlib, which is imported inside functions only
+Axes: TypeAlias = Any
+
+BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2127"
+)  # fmt: skip
+GREY, PALE = "#57606a", "#d5dae0"
+FOLD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK)
+DASHES = ("solid", "dashed", "dotted", "dashdot")
+MOST_CELLS, MOST_NUMBERED = 40, 14  # classes of a confusion matrix: drawn at all, with counts
+SMALL, WIDE = (4.9, 3.5), (10.4, 3.6)  # inches; 96 CSS pixels each
+DPI = 160
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": "#aeb6c0",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#edf0f3",
+    "grid.linewidth": 0.8,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.5,
+    "text.parse_math": False,  # names may hold dollar signs
+    "svg.hashsalt": "comp",  # the same run, the same bytes
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    svg: bytes
+    png: bytes
+    width: int
+    """CSS pixels."""
+    height: int
+
+
+def need_matplotlib() -> None:
+    """Raise ValueError unless Matplotlib can be imported."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "the pictures of a report need Matplotlib, which is not installed: `pip install matplotlib` (or the extra "
+            "comp[report]), or use --text, which draws none"
+        ) from None
+
+
+def draw(picture: Picture) -> Drawn:
+    """Draw one picture. Raises ValueError when Matplotlib is absent."""
+    need_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure as EmptyFigure
+
+    # The reader's own settings out of the way, but for the backend, which a notebook needs afterwards.
+    style: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"} | STYLE
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script the font has not
+        figure = EmptyFigure(layout="constrained")
+        pick(PICTURES, picture.kind, "picture")(figure, **picture.data)
+        found = []
+        for form, metadata in (("svg", {"Date": None}), ("png", {})):
+            out = io.BytesIO()
+            figure.savefig(out, format=form, dpi=DPI, metadata=metadata)
+            found.append(out.getvalue())
+        width, height = (round(96 * size) for size in figure.get_size_inches())
+    return Drawn(found[0], found[1], width, height)
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _line(place: int) -> dict[str, Any]:
+    return {
+        "color": FOLD_COLOURS[place % len(FOLD_COLOURS)],
+        "linestyle": DASHES[place // len(FOLD_COLOURS) % len(DASHES)],
+    }
+
+
+def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """Validation score and training loss over optimizer steps, a line a fold.
+
+    A fold has name, valid (steps, scores), train (steps, losses), and where there are such `chosen` and `averaged`, as
+    (step, score). Every evaluation is a dot, the chosen one is ringed, the average is a diamond.
+    """
+    scored = any(fold["valid"][0] for fold in folds)
+    figure.set_size_inches(*(WIDE if scored else SMALL))
+    axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+    marked = False
+    for place, fold in enumerate(folds):
+        look = _line(place)
+        if scored:
+            axes[0].plot(*fold["valid"], marker="o", markersize=3, label=fold["name"], **look)
+            if fold.get("chosen"):
+                ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.4}
+                axes[0].plot(*fold["chosen"], color=look["color"], **ring)
+            if fold.get("averaged"):
+                marked = True
+                diamond = {"marker": "D", "markersize": 6, "markeredgecolor": "white", "linestyle": "none"}
+                axes[0].plot(*fold["averaged"], color=look["color"], **diamond)
+        axes[-1].plot(*fold["train"], label=fold["name"], **look)
+    if scored:
+        axes[0].set_title(f"{metric} of the held-out rows")
+        axes[0].margins(0.05, 0.1)
+        _fit_scores(axes[0], [score for fold in folds for score in fold["valid"][1]])
+    axes[-1].set_title("training loss, means of up to 10 steps")
+    for one in axes:
+        one.set_xlabel("optimizer step")
+        one.set_xlim(left=0)
+    handles, labels = axes[0].get_legend_handles_labels()
+    if scored:
+        ring = axes[0].plot([], [], "o", color=GREY, markersize=9, markerfacecolor="none")[0]
+        handles, labels = [*handles, ring], [*labels, "chosen"]
+        if marked:
+            diamond = axes[0].plot([], [], "D", color=GREY, markersize=6)[0]
+            handles, labels = [*handles, diamond], [*labels, "averaged weights"]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9 if scored else 4))
+
+
+def _fit_scores(axes: Axes, scores: Sequence[float]) -> None:
+    """Keep one wild early score from flattening all others: the axis then leaves it out, and says so."""
+    low, high = (float(q) for q in np.quantile(scores, (0.05, 0.95)))
+    span = max(high - low, 1e-12)
+    below, above = min(scores) < low - 3 * span, max(scores) > high + 3 * span
+    if len(scores) >= 10 and (below or above):
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(low - 0.5 * span if below else bottom, high + 0.5 * span if above else top)
+        axes.text(
+            0.99, 0.98, "outliers beyond the axis", transform=axes.transAxes, ha="right", va="top", color=GREY, size=8
+        )
+
+
+def auxiliary(figure: Figure, *, tasks: Sequence[Mapping[str, Any]]) -> None:
+    """Validation scores of the auxiliary tasks over optimizer steps; a task has name, metric and folds."""
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure.set_size_inches(*(SMALL if len(tasks) == 1 else (WIDE[0], 3.2 * rows)))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, task in zip(grid, tasks, strict=False):
+        for place, fold in enumerate(task["folds"]):
+            axes.plot(*fold["valid"], marker="o", markersize=3, label=fold["name"], **_line(place))
+        axes.set_title(f"{task['name']}: {task['metric']}")
+        axes.set_xlabel("optimizer step")
+    for axes in grid[len(tasks) :]:
+        axes.set_axis_off()
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9))
+
+
+def rates(
+    figure: Figure, *, groups: Sequence[tuple[str, float]], steps: Sequence[int], shares: Sequence[float]
+) -> None:
+    """Learning rate of every group over optimizer steps: its peak rate times the schedule, on a log scale."""
+    figure.set_size_inches(*SMALL)
+    axes = figure.subplots()
+    body = [peak for name, peak in groups if name != "head"]
+    ranks = {peak: rank for rank, peak in enumerate(sorted(set(body)))}
+    known = np.asarray(shares) > 0
+    at = np.asarray(steps)[known]
+    for name, peak in groups:
+        depth = 0.35 + 0.65 * ranks.get(peak, 0) / max(1, len(ranks) - 1)
+        colour = ORANGE if name == "head" else _shade(depth)
+        axes.plot(at, peak * np.asarray(shares)[known], color=colour, label=name, marker="o", markersize=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axes.set_ylim(bottom=min(peak for _, peak in groups) / 50)  # the end of a fall to 0 would take half the axis
+    axes.set_xlabel("optimizer step")
+    axes.set_title("learning rate")
+    axes.set_xlim(left=0)
+    few = len(groups) <= 9
+    handles, labels = axes.get_legend_handles_labels()
+    keep = range(len(labels)) if few else [0, 1, len(labels) // 2, len(labels) - 1]
+    axes.legend(
+        [handles[k] for k in keep], [labels[k] for k in keep], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8
+    )
+
+
+def _shade(depth: float) -> tuple[float, float, float]:
+    """Return a blue from pale (0) to dark (1)."""
+    pale, dark = np.array([0.80, 0.88, 0.94]), np.array([0.0, 0.25, 0.45])
+    red, green, blue = pale + (dark - pale) * depth
+    return float(red), float(green), float(blue)
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+
+
+def scatter(figure: Figure, *, columns: Sequence[tuple[str, NDArray[np.float64], NDArray[np.float64]]]) -> None:
+    """Prediction over target, a panel a column (name, targets (N,), predictions (N,)); beside one alone, its errors."""
+    alone = len(columns) == 1
+    across = 2 if alone else min(3, len(columns))
+    down = 1 if alone else -(-len(columns) // across)
+    figure.set_size_inches(WIDE[0] if across > 2 else 2 * SMALL[0], 4.0 if alone else 3.3 * down)
+    grid = figure.subplots(down, across, squeeze=False).ravel()
+    for axes, (name, targets, preds) in zip(grid, columns, strict=False):
+        size, alpha = (9, 0.55) if len(targets) < 2000 else (4, 0.25)
+        axes.scatter(targets, preds, s=size, alpha=alpha, color=BLUE, linewidths=0, rasterized=len(targets) > 500)
+        low, high = min(targets.min(), preds.min()), max(targets.max(), preds.max())
+        axes.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle="dashed")
+        room = 0.04 * max(high - low, 1e-9)
+        axes.set(xlim=(low - room, high + room), ylim=(low - room, high + room), aspect="equal", title=name)
+        axes.set(xlabel="target", ylabel="out-of-fold prediction")
+    if alone:
+        _, targets, preds = columns[0]
+        axes = grid[1]
+        axes.hist(preds - targets, bins=min(40, max(8, round(len(targets) ** 0.5))), color=BLUE, alpha=0.8)
+        axes.axvline(0, color=GREY, linewidth=1, linestyle="dashed")
+        axes.set_title("errors")
+        axes.set_xlabel("prediction - target")
+        axes.set_ylabel("rows")
+    for axes in grid[2 if alone else len(columns) :]:
+        axes.set_axis_off()
+
+
+def reliability(figure: Figure, *, columns: Sequence[Mapping[str, Any]]) -> None:
+    """Share of ones over predicted probability, in bins; below, how many rows have which probability.
+
+    A column has name, predicted, actual, margin (per bin), and ones, zeros: the predictions of either.
+    """
+    across = min(3, len(columns))
+    down = -(-len(columns) // across)
+    figure.set_size_inches(SMALL[0] if len(columns) == 1 else WIDE[0], 4.3 if len(columns) == 1 else 3.6 * down)
+    grid = figure.subplots(2 * down, across, squeeze=False, height_ratios=[3, 1] * down)
+    for place in range(down * across):
+        upper, lower = grid[2 * (place // across), place % across], grid[2 * (place // across) + 1, place % across]
+        if place >= len(columns):
+            upper.set_axis_off()
+            lower.set_axis_off()
+            continue
+        column = columns[place]
+        upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="dashed")
+        upper.errorbar(
+            column["predicted"], column["actual"], yerr=column["margin"], fmt="o-", color=BLUE, markersize=4,
+            elinewidth=1, capsize=2,
+        )  # fmt: skip
+        upper.set(xlim=(0, 1), ylim=(0, 1), title=column["name"], ylabel="share of ones")
+        upper.tick_params(labelbottom=False)
+        bins = np.linspace(0, 1, 21)
+        lower.hist(
+            [column["zeros"], column["ones"]], bins=list(bins), color=[SKY, ORANGE], stacked=True, label=["0", "1"]
+        )
+        lower.set(xlim=(0, 1), xlabel="predicted probability", ylabel="rows")
+        lower.legend(title=None, ncols=2, loc="upper center", fontsize=7.5, handlelength=1, borderpad=0.1)
+        lower.margins(y=0.45)
+
+
+def confusion(figure: Figure, *, counts: NDArray[np.int64], names: Sequence[str], what: str) -> None:
+    """Counts (C, C), true class by predicted one; the shade is the share of the true class."""
+    most = int(min(len(names), MOST_CELLS))
+    counts, names = counts[:most, :most], list(names)[:most]
+    side = min(9.0, max(2.9, 0.52 * most + 1.4))
+    figure.set_size_inches(side + 1.2, side)
+    axes = figure.subplots()
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#b9d6ea", BLUE, "#00304f"])
+    image = axes.imshow(share, cmap=shades, vmin=0, vmax=1)
+    if most <= MOST_NUMBERED:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if share[row, column] > 0.5 else INK
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour, size=8)
+    short = [name if len(name) <= 16 else f"{name[:15]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    turned = 90 if most > 8 or max(map(len, short)) > 9 else 0
+    axes.set_xticks(range(most), short, rotation=turned)
+    axes.set_yticks(range(most), short)
+    axes.set(xlabel=f"predicted {what}", ylabel=f"true {what}")
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.75, label="share of the true class")
+    bar.outline.set_visible(False)
+
+
+# --- parts of the rows -----------------------------------------------------------------------------------------------
+
+
+def intervals(
+    figure: Figure,
+    *,
+    names: Sequence[str],
+    values: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    label: str,
+    title: str,
+    line: float | None = None,
+) -> None:
+    """A dot with its interval a name, from top to bottom; `line`: the value of all together."""
+    figure.set_size_inches(SMALL[0], min(9.0, max(1.7, 0.27 * len(names) + 1.0)))
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    spans = np.array([np.subtract(values, low), np.subtract(high, values)])
+    axes.errorbar(values, places, xerr=np.maximum(spans, 0), fmt="o", color=BLUE, markersize=5, elinewidth=1.2)
+    if line is not None:
+        axes.axvline(line, color=GREY, linewidth=1, linestyle="dashed")
+    short = [name if len(name) <= 26 else f"{name[:25]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    axes.set_yticks(places, short)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=label, title=title)
+
+
+def fold_scores(figure: Figure, *, folds: Sequence[str], series: Mapping[str, Sequence[float]], metric: str) -> None:
+    """Score of each fold by each kind of weights, with the mean of the folds as a line."""
+    figure.set_size_inches(SMALL[0], max(2.0, 0.34 * len(folds) + 1.3))
+    axes = figure.subplots()
+    looks = {"best": ("o", BLUE), "last": ("s", ORANGE), "averaged": ("D", GREEN)}
+    for number, (name, values) in enumerate(series.items()):
+        marker, colour = looks[name]
+        places = np.arange(len(folds)) + 0.16 * (number - (len(series) - 1) / 2)
+        axes.plot(values, places, marker, color=colour, label=name, markersize=5.5, alpha=0.9)
+        axes.axvline(float(np.nanmean(values)), color=colour, linewidth=1, linestyle="dashed", alpha=0.7)
+    axes.set_yticks(range(len(folds)), list(folds))
+    axes.set_ylim(len(folds) - 0.5, -0.5)
+    axes.set(xlabel=metric, title="scores of the folds; dashed: their mean")
+    axes.grid(visible=False, axis="y")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def spreads(figure: Figure, *, folds: Sequence[str], values: Sequence[NDArray[np.float64]], label: str) -> None:
+    """Distribution of a target in each fold: box from quartile to quartile, whiskers to 5% and 95%."""
+    figure.set_size_inches(SMALL[0], max(1.9, 0.34 * len(folds) + 1.0))
+    axes = figure.subplots()
+    axes.boxplot(
+        list(values), orientation="horizontal", whis=(5, 95), widths=0.55, showfliers=False, patch_artist=True,
+        boxprops={"facecolor": "#cfe3f1", "edgecolor": BLUE}, medianprops={"color": INK},
+        whiskerprops={"color": BLUE}, capprops={"color": BLUE},
+    )  # fmt: skip
+    axes.set_yticks(range(1, len(folds) + 1), list(folds))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=label, title="target by fold: 5, 25, 50, 75 and 95%")
+
+
+def shares(figure: Figure, *, folds: Sequence[str], names: Sequence[str], values: NDArray[np.float64]) -> None:
+    """Share (folds, classes) of each class in each fold, a line of dots a class."""
+    most = min(len(names), 12)
+    figure.set_size_inches(SMALL[0], max(1.9, 0.3 * most + 1.5))
+    axes = figure.subplots()
+    for place, fold in enumerate(folds):
+        look = _line(place)
+        axes.plot(values[place, :most], np.arange(most), "o", color=look["color"], markersize=5, alpha=0.8, label=fold)
+    short = [name if len(name) <= 24 else f"{name[:23]}\N{HORIZONTAL ELLIPSIS}" for name in names[:most]]
+    axes.set_yticks(range(most), short)
+    axes.set_ylim(most - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.set(xlabel="share of the fold's rows", title="classes by fold")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+def times(figure: Figure, *, folds: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
+    """Seconds of each fold, by what they went to."""
+    figure.set_size_inches(SMALL[0], max(1.9, 0.34 * len(folds) + 1.3))
+    axes = figure.subplots()
+    left = np.zeros(len(folds))
+    for (name, seconds), colour in zip(parts.items(), (BLUE, ORANGE, PALE), strict=False):
+        axes.barh(range(len(folds)), seconds, left=left, color=colour, label=name, height=0.62)
+        left += np.asarray(seconds)
+    axes.set_yticks(range(len(folds)), list(folds))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="seconds", title="where the time went")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+PICTURES: dict[str, Callable[..., None]] = {
+    "curves": curves,
+    "auxiliary": auxiliary,
+    "rates": rates,
+    "scatter": scatter,
+    "reliability": reliability,
+    "confusion": confusion,
+    "intervals": intervals,
+    "fold_scores": fold_scores,
+    "spreads": spreads,
+    "shares": shares,
+    "times": times,
+}
