@@ -400,6 +400,20 @@ def test_without_the_fold_file(copy: RunFolder) -> None:
         path.write_text(kept)
 
 
+def test_without_the_pseudo_rows(copy: RunFolder) -> None:
+    config = yaml.safe_load(copy.config.read_text())
+    copy.config.write_text(yaml.safe_dump({**config, "pseudo": {"folder": "gone"}}))
+    text = report_text(copy.path)
+    assert re.search(r"warning: Padding is not counted: .*gone", text)
+    assert re.search(r"\nfold 0 .* -  +-  +-\n", text)
+
+
+def test_a_damaged_log_is_named(copy: RunFolder) -> None:
+    copy.fold(1).metrics.write_text('{"step": 1}\n{"step":\n')
+    with pytest.raises(ValueError, match=r"fold1/metrics\.jsonl line 2 is no JSON object; take the line out"):
+        read_run(copy.path)
+
+
 def test_nothing_begun(copy: RunFolder) -> None:
     for fold in (0, 1):
         shutil.rmtree(copy.fold(fold).path)

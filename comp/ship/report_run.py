@@ -279,7 +279,18 @@ def _read_log(folder: RunFolder, fold: Fold) -> FoldLog | None:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a metrics.jsonl; one that is being written just now is left out."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    found = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{path} line {number} is no JSON object; take the line out, or train the fold with --restart"
+            )
+        found.append(values)
+    return found
 
 
 def _read_table(config: Config, manifest: dict[str, Any], missing: list[str]) -> Table | None:
