@@ -161,7 +161,7 @@ ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp", "k
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {"cli.py": {"typer"}}
+AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 
