@@ -191,8 +191,8 @@ RUNS: dict[str, tuple[Do, list[str], *tuple[str, ...]]] = {
     "another tokenizer": (
         other_tokenizer(RUN / "backbone"), INFER, "runs/tiny/backbone", "not the tokenizer that the run was trained with",
     ),
-    "--fold of words": (lambda: None, [*INFER, "--fold", "one"], "allowed are full, numbers like 0,2, or both"),
-    "--fold of figures that are none": (lambda: None, [*INFER, "--fold", "²"], "allowed are full, numbers like 0,2"),
+    "--fold of words": (lambda: None, [*INFER, "--fold", "one"], "allowed are all, full, numbers like 0,2, or several"),
+    "--fold of figures that are none": (lambda: None, [*INFER, "--fold", "²"], "allowed are all, full, numbers like 0,2"),
     "--time-budget": (lambda: None, [*INFER, "--time-budget", "8 days"], "allowed are like 8h, 90min or 300s"),
     "--precision": (lambda: None, [*INFER, "--precision", "int8"], "precision 'int8': allowed are auto, bf16, fp16, fp32"),
     "--out of another kind": (lambda: None, [*INFER, "--out", "a.parquet"], "a submission is a CSV file", "a.csv"),

@@ -418,7 +418,7 @@ def test_what_cannot_be_blended_is_refused(trained: Callable[..., TinyCompetitio
         read_blend("blends/nothing")
     with pytest.raises(ValueError, match="--blend says which runs and weights"):
         command("infer", "--blend", "blends/blend", "--run", "runs/a")
-    with pytest.raises(ValueError, match="a blend is named like a folder inside blends/"):
+    with pytest.raises(ValueError, match="a name is a folder inside blends/"):
         command("blend", *RUNS, "--name", "../x")
     with pytest.raises(ValueError, match="--option 'C': wanted key=value"):
         command("blend", *RUNS, "--option", "C")

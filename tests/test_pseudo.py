@@ -697,7 +697,7 @@ def test_the_commands(enter: Enter) -> None:
     found = run(app, debug)
     assert "fold 0: 20 of 20 pseudo rows of pseudo/set, two_stage" in found.output, found.output
     assert Path("runs/tiny-debug/fold0/done.json").exists()
-    with pytest.raises(ValueError, match="named like a folder inside pseudo/"):
+    with pytest.raises(ValueError, match="a name is a folder inside pseudo/"):
         run(app, ["pseudo", "--run", "runs/one", "--data", "test.csv", "--name", "../x"], catch_exceptions=False)
     with pytest.raises(ValueError, match="a run is named twice"):
         label("one", "one")

@@ -67,9 +67,14 @@ def faults_of(source: str) -> list[str]:
     return found
 
 
+KNOWN = {"ship/workers.py": ["pickle"]}
+"""What a process and the workers that it starts say to each other, over pipes without a name: no file, no socket."""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_source_reads_a_pickle_or_runs_a_text(path: Path) -> None:
-    assert faults_of(path.read_text(encoding="utf-8")) == []
+    name = str(path.relative_to(PACKAGE))
+    assert faults_of(path.read_text(encoding="utf-8")) == KNOWN.get(name, [])
 
 
 def test_the_reader_finds_what_it_looks_for() -> None:
@@ -165,7 +170,7 @@ def test_code_beside_a_model_does_not_run(here: Path, call: Call) -> None:
     )
     before = contents(here)
     status, _, err = call("train", "--config", "tiny.yaml", "--run", "new")
-    assert status == 2 and "model.backbone 'model' could not be loaded" in err
+    assert status == 2 and "needs code that comes with the checkpoint, which comp never runs" in err
     assert contents(here) == before
 
 

@@ -430,7 +430,7 @@ def test_debug_is_the_same_path_with_few_rows(setup: Setup, call: Callable[..., 
     [
         (["train", "--config", "nothing.yaml"], "config file 'nothing.yaml' not found"),
         (["train", "--config", "tiny.yaml", "--fold", "7"], "allowed are all, full, or numbers 0 to 1"),
-        (["train", "--config", "tiny.yaml", "--run", "a/b"], "without slashes"),
+        (["train", "--config", "tiny.yaml", "--run", "a/b"], "a name is a folder inside runs/"),
         (["train", "--config", "tiny.yaml", "--set", "competition.train=gone.csv"], "no such file"),
         (["train", "--config", "tiny.yaml", "--set", "competition.text=txet"], "did you mean 'text'?"),
         (["train", "--config", "tiny.yaml", "--set", "tasks.0.targets=[nope]"], "no column 'nope'"),
