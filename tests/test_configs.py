@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +16,8 @@ from comp.training import crossval
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
+FRAGMENTS = ("base", "few-rows")
+"""No competition of their own: to be extended."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -23,7 +27,7 @@ def test_opens_with_command_cost_and_result(file: Path) -> None:
         assert any(word in line for line in head), f"{file.name} does not say its {word}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem != "base"], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in FILES if file.stem not in FRAGMENTS], ids=lambda file: file.stem)
 def test_trains(
     file: Path,
     isolated: Path,
@@ -51,6 +55,24 @@ def test_trains(
     assert scores.num_rows == min(24, 60 // config.folds.num_folds)
 
 
-def test_base_holds_no_competition_of_its_own() -> None:
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_fragments_hold_no_competition_of_their_own(name: str) -> None:
     with pytest.raises(config_file.ConfigError, match="competition: is missing"):
-        config_file.load(FOLDER / "base.yaml")
+        config_file.load(FOLDER / f"{name}.yaml")
+
+
+def test_the_recipe_for_few_rows_is_that_of_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER.parent / "benchmarks" / "studies"))
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"extends: [{FOLDER / 'base.yaml'}, {FOLDER / 'few-rows.yaml'}]\nmetric: rmse\n"
+        "competition: {name: own, train: train.csv}\ntasks: [{name: main, kind: regression, targets: [y]}]\n"
+        "model: {backbone: roberta-base}\n"
+    )
+    stability = import_module("stability")
+    (best,) = stability.VARIANTS["reinit 2 + swa"].candidates
+    study = config_file.load(FOLDER / "clear-minilm.yaml", [*stability.SETTINGS, *best])
+    found = config_file.load(own)
+    assert (found.stability, found.groups, found.schedule) == (study.stability, study.groups, study.schedule)
+    for name in ("stability", "rows"):
+        sys.modules.pop(name, None)
