@@ -455,6 +455,7 @@ def test_bad_input_is_one_message_and_status_2(
     assert status == 2
     assert words in err
     assert "Traceback" not in err
+    assert not Path("folds").exists() and not Path("runs").exists(), "what was refused left something behind"
 
 
 def test_a_fault_of_a_library_keeps_its_traceback(

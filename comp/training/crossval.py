@@ -119,21 +119,22 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
     folder = RunFolder(Path("runs") / name)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
-    table, folding = open_tables(config, wanted, say)
+    coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
+
+    def fits(table: Table) -> None:
+        if coming:
+            model, fresh = _model(config, table, tokenizer)
+            _optimizer(config, _groups(config, model, fresh))
+            check_space(config, coming, bytes_of(model), len(table), every)
+
+    table, folding = open_tables(config, wanted, say, check=fits)
+    release_memory()
     rows = {fold: rows_of(fold, config, table, folding) for fold in wanted}
     for fold, own in rows.items():
         check_rows(config, table, fold, *own)
     pseudo = open_pseudo(config, table, folding, wanted, say)
     for fold, (training, _) in rows.items():
         check_steps(config, fold, pseudo.lesson(fold, table, training))
-    coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
-    if coming:
-        # What does not fit is said now, before anything is written.
-        model, fresh = _model(config, table, tokenizer)
-        _optimizer(config, _groups(config, model, fresh))
-        check_space(config, coming, bytes_of(model), len(table), every)
-        del model, fresh
-        release_memory()
     encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
@@ -160,9 +161,16 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
     return score_run(folder, config, table, say)
 
 
-def open_tables(config: Config, wanted: Sequence[Fold], say: Say) -> tuple[Table, Folding | None]:
-    """Return the training table and its folds (None when only the full-data model is wanted); warn of leaks."""
+def open_tables(
+    config: Config, wanted: Sequence[Fold], say: Say, *, check: Callable[[Table], None] | None = None
+) -> tuple[Table, Folding | None]:
+    """Return the training table and its folds (None when only the full-data model is wanted); warn of leaks.
+
+    `check` raises ValueError for a table that will not do, before a fold file is written.
+    """
     table, test = read_competition(config.competition, config.tasks)
+    if check is not None:
+        check(table)
     folding = None
     if wanted != ["full"]:
         check_metric(config, table, slice(None), config.competition.train)
