@@ -359,29 +359,6 @@ def test_a_damaged_gather_is_noticed(setup: Setup) -> None:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def command(
-    *arguments: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, str, str]:
-    from comp import cli
-
-    monkeypatch.setattr(sys, "argv", ["comp", *arguments])
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    out = capsys.readouterr()
-    return status, out.out, out.err
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    import warnings
-
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
-    return lambda *arguments: command(*arguments, capsys=capsys, monkeypatch=monkeypatch)
-
-
 def test_the_first_hour_of_a_competitor(setup: Setup, call: Callable[..., tuple[int, str, str]]) -> None:
     _, competition = setup("binary")
     assert call("config", "check", "tiny.yaml")[:2] == (0, "tiny.yaml: ok\n")
