@@ -18,7 +18,7 @@ from test_resume import leavings
 from comp import config_file, runs
 from comp.runs import DiskFullError, FoldFolder, disk_is_full, write_atomic
 from comp.tracking import JsonlTracker
-from comp.training import checkpoint, crossval
+from comp.training import checkpoint, crossval, one_fold
 from comp.training.preflight import space_of
 from comp.training.resume import SaveEvery
 
@@ -88,9 +88,9 @@ FAULTS: dict[str, tuple[Any, str, int, Exception]] = {
     "the second state": (torch, "save", 2, NO_SPACE),
     "a late state": (torch, "save", 4, NO_SPACE),
     "a log line": (JsonlTracker, "_write", 2, NO_SPACE),
-    "the last weights": (crossval, "save_weights", 1, NO_SPACE),
+    "the last weights": (one_fold, "save_weights", 1, NO_SPACE),
     "any file": (os, "fsync", 9, NO_SPACE),
-    "the last file": (crossval, "write_json", 1, NO_SPACE),
+    "the last file": (one_fold, "write_json", 1, NO_SPACE),
 }
 
 
@@ -172,7 +172,7 @@ def fill(path: Path) -> None:
 def test_a_real_disk_that_fills_up(small_disk: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Something else takes the room in the middle; with the room back, the run goes on."""
     ballast = small_disk / "ballast"
-    real, calls = crossval.HeldOut.keep_best, []
+    real, calls = one_fold.HeldOut.keep_best, []
 
     def keep_best(self: Any, step: int) -> None:
         calls.append(step)
@@ -181,7 +181,7 @@ def test_a_real_disk_that_fills_up(small_disk: Path, whole: dict[str, Any], monk
         real(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(crossval.HeldOut, "keep_best", keep_best)
+        patch.setattr(one_fold.HeldOut, "keep_best", keep_best)
         with pytest.raises(DiskFullError, match="the disk is full"):
             run("new")
     assert shutil.disk_usage(small_disk).free < 2**20

@@ -85,6 +85,8 @@ LAYERS = {
     "training/memory.py": 3,
     "training/optimism.py": 3,
     "training/oof.py": 3,
+    "training/assembly.py": 3,
+    "training/one_fold.py": 4,
     "training/crossval.py": 4,
     "training/determinism.py": 4,
     "training/seeds.py": 4,

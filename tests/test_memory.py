@@ -17,7 +17,7 @@ from comp import config_file
 from comp.data.batches import longest_window
 from comp.model.text_model import TextModel
 from comp.runs import RunFolder
-from comp.training import crossval
+from comp.training import crossval, one_fold
 from comp.training.memory import Exhausted, cut, running_out
 from comp.training.resume import Saver, read_state
 
@@ -180,14 +180,14 @@ def test_the_longest_window_is_tried_after_the_first_step(here: Path, monkeypatc
     run("plain")
     tried: list[Any] = []
 
-    class Eager(crossval.Parts):  # type: ignore[misc]
+    class Eager(one_fold.Parts):  # type: ignore[misc]
         def __init__(self, **parts: Any) -> None:
             window = [np.arange(8), np.arange(8, 16)]
             tried.append(window)
             super().__init__(**{**parts, "largest": window})
 
     with monkeypatch.context() as patch:
-        patch.setattr(crossval, "Parts", Eager)
+        patch.setattr(one_fold, "Parts", Eager)
         run("tried")
         passes = small_memory(patch, 4)
         with pytest.warns(RuntimeWarning, match="memory ran out at step 1 "):

@@ -21,7 +21,7 @@ from conftest import TinyCompetition
 from comp import config_file
 from comp.runs import FoldFolder, RunFolder
 from comp.runtime import Stopper, random_state, seed_everything, set_random_state
-from comp.training import crossval, held_out, resume
+from comp.training import crossval, held_out, one_fold, resume
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state
 from comp.training.trainer import NonFiniteError, Stopped, TrainState
@@ -156,8 +156,8 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "before a state is written": (Saver, "save", 2, False),
     "while a state is written": (torch, "save", 2, True),
     "after a state is written": (Saver, "save", 2, True),
-    "after the last step": (crossval, "save_weights", 1, False),
-    "after the last weights": (crossval, "save_weights", 1, True),
+    "after the last step": (one_fold, "save_weights", 1, False),
+    "after the last weights": (one_fold, "save_weights", 1, True),
     "before the out-of-fold rows": (held_out.HeldOut, "write", 1, False),
     "after the out-of-fold rows": (held_out.HeldOut, "write", 1, True),
     "before the state is dropped": (FoldFolder, "drop_state", 1, False),
@@ -267,7 +267,7 @@ def test_another_backbone_of_the_same_name_is_refused(
     with pytest.raises(Killed):
         run(config, "cut")
     monkeypatch.setattr(resume, "digest", lambda parts: "another")
-    monkeypatch.setattr(crossval, "start_digest", lambda model: "another")
+    monkeypatch.setattr(one_fold, "start_digest", lambda model: "another")
     with pytest.raises(ValueError, match="begun from other weights than the backbone gives now: .* --restart"):
         run(config, "cut")
 

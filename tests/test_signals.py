@@ -13,7 +13,7 @@ from test_resume import leavings
 
 from comp import config_file
 from comp.runs import FoldFolder
-from comp.training import crossval, held_out
+from comp.training import crossval, held_out, one_fold
 from comp.training.objective import Objective
 from comp.training.trainer import Stopped
 
@@ -29,7 +29,7 @@ PHASES: dict[str, tuple[Any, str, int]] = {
     "in an evaluation": (held_out.HeldOut, "evaluate", 2),
     "while the best weights are written": (held_out.HeldOut, "keep_best", 1),
     "while a state is written": (torch, "save", 2),
-    "while the last weights are written": (crossval, "save_weights", 1),
+    "while the last weights are written": (one_fold, "save_weights", 1),
     "while the out-of-fold rows are written": (held_out.HeldOut, "write", 1),
     "when the fold is done": (FoldFolder, "drop_state", 1),
 }

@@ -30,7 +30,8 @@ from comp.model.text_model import VECTOR, build_model
 from comp.runs import RUNS, RunFolder, digest, kept, read_json, write_atomic
 from comp.runtime import Runtime, open_runtime, release_memory
 from comp.training.checkpoint import load_weights
-from comp.training.crossval import open_tables, parse_folds, rows_of
+from comp.training.crossval import open_tables, parse_folds
+from comp.training.one_fold import rows_of
 from comp.training.predict import predict
 
 __all__ = [

@@ -1,0 +1,252 @@
+"""Train one fold: assemble its parts, fit, and write what it leaves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from comp.config import Config
+from comp.data.batches import Labels, collate, longest_window
+from comp.data.folds import Folding, train_rows, valid_rows
+from comp.data.tables import Table
+from comp.data.tokens import Encoded
+from comp.metrics import is_better
+from comp.model.backbone import save_recipe
+from comp.optim.groups import group_table
+from comp.optim.lookahead import Lookahead
+from comp.progress import open_progress
+from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
+from comp.runtime import Runtime, Stopper, seed_everything
+from comp.stability.consistency import twice
+from comp.stability.prior_decay import PriorDecay
+from comp.tracking import open_tracker
+from comp.training.assembly import (
+    build_adversary,
+    build_averager,
+    build_fold_groups,
+    build_fold_model,
+    build_fold_optimizer,
+    build_supcon,
+    finish_average,
+)
+from comp.training.cadence import Never
+from comp.training.checkpoint import bytes_of, save_weights
+from comp.training.held_out import HeldOut
+from comp.training.lessons import NoPseudo, Stages
+from comp.training.objective import Objective
+from comp.training.resume import SaveEvery, Saver, read_state, start_digest
+from comp.training.trainer import Parts, TrainState, fit
+
+__all__ = ["Fold", "Plan", "Say", "rows_of", "train_fold"]
+
+Fold = int | str
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all folds of a run share."""
+
+    config: Config
+    folder: RunFolder
+    table: Table
+    folding: Folding | None
+    """None when only the full-data model is trained."""
+    pseudo: NoPseudo
+    tokenizer: Any
+    encoded: Encoded
+    """The rows of the table, then pseudo rows."""
+    runtime: Runtime
+    save_every: SaveEvery
+    say: Say
+
+
+def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
+    """Train one fold from seed, or from its saved state, to done.json."""
+    config, table, runtime = plan.config, plan.table, plan.runtime
+    folder = plan.folder.fold(fold)
+    sweep(folder.path)
+    saved = read_state(folder, plan.say)
+    if saved is None and folder.path.exists():
+        plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
+        shutil.rmtree(folder.path)
+    training, held_out = rows_of(fold, config, table, plan.folding)
+    folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
+    seed_everything(config.training.seed)
+    model, fresh = build_fold_model(config, table, plan.tokenizer)
+    model.pooler.fit(plan.encoded.documents(training))
+    start = start_digest(model)
+    model.to(runtime.device)
+    with full_disk_said(plan.folder.backbone):
+        save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
+
+    groups = build_fold_groups(config, model, fresh)
+    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+    table_text = group_table(groups, frozen)
+    if not plan.folder.finished_folds():
+        plan.say(table_text)
+        if model.backbone.shares_blocks and config.groups.layout != "unified":
+            plan.say(
+                "the blocks of this model are one block, used at every depth (ALBERT): groups.layout "
+                f"'{config.groups.layout}' gives it the one rate of the table"
+            )
+    write_text(folder.groups, table_text + "\n")
+    optimizer = build_fold_optimizer(config, groups)
+    PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
+
+    lesson = plan.pseudo.lesson(fold, table, training)
+    stages = Stages(lesson, config, plan.encoded.lengths)
+    num_steps = stages.num_steps
+    averager, schedule = build_averager(config, model, stages)
+    labels = Labels(lesson.table.targets, lesson.table.weights, lesson.table.errors)
+    held = HeldOut(
+        model,
+        plan.encoded.head(len(table)),
+        held_out,
+        table=table,
+        tasks=config.tasks,
+        metrics=[config.metric_of(task) for task in config.tasks],
+        runtime=runtime,
+        best_path=folder.best,
+    )
+    tracker = open_tracker(
+        config.tracking,
+        competition=config.competition.name,
+        run_name=plan.folder.name,
+        fold=fold,
+        folder=folder.path,
+        metrics_path=folder.metrics,
+        config_dict=config.model_dump(mode="json"),
+        mark=saved["tracker"] if saved else None,
+    )
+    showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
+    scaler = runtime.grad_scaler()
+    saver = Saver(
+        folder,
+        {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
+        start=start,
+        weight_bytes=bytes_of(model),
+        mark=tracker.mark,
+        every=plan.save_every,
+        seconds=saved["seconds"] if saved else 0.0,
+    )
+    progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
+    num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
+    objective = Objective(
+        config.tasks,
+        lesson.table,
+        training,
+        num_masks=num_masks,
+        rdrop=rdrop,
+        supcon=build_supcon(config, table, training),
+    )
+    sizes = config.training.model_dump(include={"batch_size", "micro_batch_size"})
+    on_gpu = runtime.device.type == "cuda"
+    parts = Parts(
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=scaler,
+        autocast=runtime.autocast,
+        device=runtime.device,
+        windows=stages.windows,
+        collate=lambda rows: collate(plan.encoded, rows, labels),
+        count=objective.count,
+        outputs=twice(model) if rdrop else model,
+        adversary=build_adversary(config, model),
+        averager=averager,
+        loss=objective.share,
+        evaluate=held.evaluate,
+        others=held.others,
+        keep_best=held.keep_best,
+        showing=showing,
+        is_better=partial(is_better, config.metric),
+        cadence=stages.cadence() if fold != "full" else Never(),
+        saver=saver,
+        stop_asked=lambda: stopper.signal,
+        tracker=tracker,
+        progress=progress,
+        epochs=stages.epochs,
+        steps_per_epoch=stages.steps_per_epoch,
+        lead_steps=stages.lead_steps,
+        peak_lr=config.optimizer.lr,
+        clip_norm=config.optimizer.clip_norm,
+        patience=config.evaluation.patience,
+        whole_batch=config.whole_batch,
+        # On a CPU memory does not run out in words: the system ends the process.
+        largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes) if on_gpu else None,
+        blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
+    )
+    plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
+    try:
+        state = TrainState() if saved is None else saver.restore(saved)
+        if saved is not None:
+            plan.say(f"fold {fold}: goes on after step {state.step}")
+        state = fit(parts, state)
+        with showing():
+            save_weights(folder.last, model)
+        averaged = finish_average(averager, held if fold != "full" else None, folder.averaged, model)
+        if fold != "full":
+            settled = held.settle(state.best_step)
+            if settled is not None:
+                state.best_step, state.best_score = settled
+                plan.say(f"fold {fold}: the best weights are those of step {state.best_step}, from before the stop")
+            held.write(folder.oof, int(fold))
+            held.write_history(folder.evaluations)
+        summary = _summary(state, averaged, saver.seconds)
+        tracker.summary(summary)
+    finally:
+        progress.close()
+        tracker.finish()
+    if fold != "full":
+        also = "" if averaged is None else f"averaged {averaged:.5f}, "
+        plan.say(
+            f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
+            f"last {state.last_score:.5f}, {also}{state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
+        )
+    write_json(folder.done, summary)  # a fold is finished when this file is there
+    folder.drop_state()
+
+
+def _summary(state: TrainState, averaged: float | None, seconds: float) -> dict[str, Any]:
+    """Return what done.json and the trackers say of a finished fold; scores are null without held-out rows."""
+    return {
+        "steps": state.step,
+        "seconds": round(seconds, 1),
+        "train_seconds": round(state.train_seconds, 1),
+        "eval_seconds": round(state.eval_seconds, 1),
+        "tokens": state.num_tokens,
+        "best": state.best_score,
+        "best_step": state.best_step,
+        "last": state.last_score,
+        "averaged": averaged,
+        "evaluations": state.num_evaluations,
+        "stopped_early": state.stopped_early,
+        "evaluation_share": round(state.eval_seconds / max(state.eval_seconds + state.train_seconds, 1e-9), 3),
+        "tokens_per_second": round(state.num_tokens / max(state.train_seconds, 1e-9)),
+    }
+
+
+def rows_of(
+    fold: Fold, config: Config, table: Table, folding: Folding | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (training rows, held-out rows) of a fold, cut to training.max_rows each."""
+    if fold == "full":
+        training, held_out = np.arange(len(table)), np.zeros(0, np.int64)
+    else:
+        assert folding is not None and isinstance(fold, int)
+        training = train_rows(folding.fold, fold, folding.splitter)
+        held_out = valid_rows(folding.fold, fold)
+    limit = config.training.max_rows
+    if limit is not None:
+        generator = np.random.default_rng(config.training.seed)
+        training = np.sort(generator.permutation(training)[:limit])
+        held_out = np.sort(generator.permutation(held_out)[:limit])
+    return training, held_out
