@@ -31,6 +31,7 @@ LAYERS = {
     "config_stability.py": 0,
     "config_variants.py": 0,
     "config_pseudo.py": 0,
+    "config_training.py": 0,
     "config_file.py": 0,
     "runs.py": 0,
     "lock.py": 0,

@@ -14,8 +14,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.config import Config, parse_every
+from comp.config import Config
 from comp.config_pseudo import NUMBERS, Pseudo
+from comp.config_training import parse_every
 from comp.data.batches import training_windows
 from comp.data.folds import Folding, valid_rows
 from comp.data.pseudo import (
