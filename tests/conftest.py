@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -378,11 +379,13 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
     def command(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["comp", *arguments])
-        status = 0
+        status, before = 0, signal.getsignal(signal.SIGTERM)
         try:
             cli.main()
         except SystemExit as stop:
             status = int(stop.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         out = capsys.readouterr()
         return status, out.out, out.err
 

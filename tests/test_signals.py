@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Call
 from test_resume import leavings
 
 from comp import config_file
+from comp.lock import lock_of
 from comp.runs import FoldFolder
 from comp.training import crossval, held_out, one_fold
 from comp.training.objective import Objective
@@ -37,7 +39,6 @@ PHASES: dict[str, tuple[Any, str, int]] = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_in_each_phase(phase: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before and after the training of folds nothing is half done, and the signal ends the process as it always does."""
     owner, name, call = PHASES[phase]
     real, calls = getattr(owner, name), []
 
@@ -55,3 +56,19 @@ def test_sigterm_in_each_phase(phase: str, here: Path, monkeypatch: pytest.Monke
     run("cut")
     run("whole")
     assert leavings("cut") == leavings("whole")
+
+
+def test_sigterm_outside_the_training_of_a_fold(here: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = crossval.encode
+
+    def signalled(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crossval, "encode", signalled)
+        status, _, said = call("train", "--config", "tiny.yaml", "--run", "cut", "--fold", "0")
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in said and "the same command goes on" in said
+    assert not lock_of(Path("runs/cut")).exists()
+    assert call("train", "--config", "tiny.yaml", "--run", "cut", "--fold", "0")[0] == 0
