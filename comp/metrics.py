@@ -280,8 +280,8 @@ def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floatin
     Raises ValueError on an unknown name, on shapes that do not fit, on no rows, and on NaN or infinite
     values.
     """
-    row, targets, preds = _checked(name, targets, preds, kind)
-    return row.make(targets, preds)
+    row, truth, found = _checked(name, targets, preds, kind)
+    return row.make(truth, found)
 
 
 def row_losses(
@@ -291,19 +291,20 @@ def row_losses(
 
     Raises ValueError where `evaluate` does, and for a metric that is no function of a mean over rows.
     """
-    row, targets, preds = _checked(name, targets, preds, kind)
+    row, truth, found = _checked(name, targets, preds, kind)
     if row.losses is None:
         fitting = ", ".join(key for key, one in METRICS.items() if one.losses is not None)
         raise ValueError(f"{name} is no mean over rows; those that are: {fitting}")
-    return row.losses(targets, preds)
+    return row.losses(truth, found)
 
 
 def _checked(
-    name: str, targets: NDArray[np.floating], preds: NDArray[np.floating], kind: str | None
+    name: str, truth: NDArray[np.floating], found: NDArray[np.floating], kind: str | None
 ) -> tuple[Metric, Floats, Floats]:
     """Return the metric, and targets and predictions in float64, as its functions want them."""
     row = pick(METRICS, name, "metric")
-    targets, preds = np.asarray(targets, dtype=np.float64), np.asarray(preds, dtype=np.float64)
+    targets: Floats = np.asarray(truth, dtype=np.float64)
+    preds: Floats = np.asarray(found, dtype=np.float64)
     if targets.ndim != 2 or preds.ndim != 2 or len(targets) != len(preds):
         raise ValueError(
             f"{name}: targets and predictions must be tables of the same number of rows (N, K), "

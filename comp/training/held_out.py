@@ -111,7 +111,7 @@ class HeldOut:
             self._add(self.last, places)
             if not all(np.isfinite(values[places]).all() for values in self.last.values.values()):
                 return Evaluation(float("nan"), best_score)
-            if not full and self.best is not None:
+            if not full and self.decide != "full" and self.best is not None:
                 verdict = self._verdict(places)
             if verdict:
                 break
