@@ -1,4 +1,4 @@
-"""Share of padding among the tokens, in training and in prediction, of CLEAR's passages and of Rotten Tomatoes' sentences.
+"""Share of padding in training and in prediction, on CLEAR's passages and on Rotten Tomatoes' sentences.
 
     python benchmarks/padding.py      # seconds
 
@@ -107,9 +107,9 @@ def main() -> None:
     lines = [
         "# Padding",
         "",
-        "`python benchmarks/padding.py`. Before: training as the rows come from the shuffle, prediction in full batches of",
-        "sorted rows. After: as comp cuts them. Goals: below 3% in training, below 1% in prediction; a race, which scores a",
-        "part of the rows, has none.",
+        "`python benchmarks/padding.py`. Before: training as the rows come from the shuffle, prediction in full batches",
+        "of sorted rows. After: as comp cuts them. Goals: below 3% in training, below 1% in prediction; a race, which",
+        "scores a part of the rows, has none.",
         "",
         "| texts | what | a batch | before | after | batches | goal met |",
         "|---|---|---|---|---|---|---|",
