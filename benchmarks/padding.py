@@ -107,8 +107,8 @@ def main() -> None:
     lines = [
         "# Padding",
         "",
-        "`python benchmarks/padding.py`. Before: training as the rows come from the shuffle, prediction in full batches",
-        "of sorted rows. After: as comp cuts them. Goals: below 3% in training, below 1% in prediction; a race, which",
+        "`python benchmarks/padding.py`. Before: training as the rows come from the shuffle, prediction in full",
+        "batches of sorted rows. After: as comp cuts them. Goals: below 3% in training, below 1% in prediction; a race, which",
         "scores a part of the rows, has none.",
         "",
         "| texts | what | a batch | before | after | batches | goal met |",
