@@ -167,6 +167,7 @@ CONFLICTS: dict[str, Row] = {
     "an error rate without a race": (
         ["metric=accuracy", "evaluation={decide: exact, error_rate: 0.1}"], "set error_rate to null, or decide to race",
     ),
+    "a cap without a race": (["metric=accuracy", "evaluation.race_percent=25"], "set race_percent to null, or decide"),
     "a cadence by estimates": (
         ["metric=accuracy", "evaluation={every: null, schedule: [[0.5, 2]], decide: race}"], "set decide to full, or use",
     ),

@@ -25,7 +25,7 @@ from comp.runs import RunFolder
 from comp.ship.report_panels import report_page
 from comp.ship.report_run import read_run
 from comp.training import crossval, early, held_out, predict
-from comp.training.early import blocks, bound, cannot_win, estimate, race
+from comp.training.early import blocks, bound, cannot_win, estimate, looks_that_decide, race
 from comp.training.held_out import HeldOut
 from comp.training.resume import Saver
 
@@ -176,6 +176,13 @@ def test_the_error_rate_is_kept(rate: float, tails: str) -> None:
     assert (wins + losses) / (2 * trials) > rate - 2 * slack, "the bound is not wastefully high"
 
 
+def test_the_looks_of_a_capped_race() -> None:
+    assert looks_that_decide([50, 50, 50, 50], 100) == (50, 100, 150)
+    assert looks_that_decide([50, 50, 50, 50], 50) == (50, 100)
+    assert looks_that_decide([50, 50, 50, 50], 1) == (50,)
+    assert looks_that_decide([70], 25) == ()
+
+
 def test_a_clear_difference_is_seen_at_once_and_few_rows_say_nothing() -> None:
     draw = np.random.default_rng(0)
     clear = draw.normal(0.5, 0.5, 50)
@@ -301,6 +308,17 @@ def test_a_race_scores_what_it_keeps_on_all_rows(config_of: Callable[..., Any]) 
     report = read_run("runs/race")
     assert report.flattery is None
     assert report.logs[0].chosen == done["best_step"]
+
+
+def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[..., Any]) -> None:
+    config = config_of(evaluation={"every": "1 steps", "decide": "race", "race_percent": 40})
+    own, done, lines = run(config, "race", save_every="never")
+    assert len(lines) == 10
+    assert lines[0]["valid/rows"] == lines[-1]["valid/rows"] == 1
+    assert all(line["valid/rows"] <= 0.4 for line in lines[1:-1])
+    rows = pd.read_parquet(own.oof)
+    score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())
+    assert done["best"] == pytest.approx(score, rel=1e-6)
 
 
 def test_estimates_are_told_apart_in_a_report(config_of: Callable[..., Any]) -> None:

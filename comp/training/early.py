@@ -26,7 +26,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Evaluation", "blocks", "bound", "cannot_win", "estimate", "race"]
+__all__ = ["Evaluation", "blocks", "bound", "cannot_win", "estimate", "looks_that_decide", "race"]
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -104,6 +104,15 @@ def race(differences: Floats, num_rows: int, limit: float) -> int:
     if abs(mean) <= error * float(stdtrit(seen - 1, ndtr(limit))):
         return 0
     return 1 if mean < 0 else -1
+
+
+def looks_that_decide(sizes: Sequence[int], most_percent: float) -> tuple[int, ...]:
+    """Return after how many rows a test is made, of blocks of these `sizes`: never after the last, the first anyhow.
+
+    With less than 100 percent, the last of them goes by the estimate where the test says nothing.
+    """
+    ends = np.cumsum(sizes)
+    return tuple(int(end) for end in ends[:-1] if end == ends[0] or end <= ends[-1] * most_percent / 100)
 
 
 @lru_cache

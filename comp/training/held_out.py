@@ -24,7 +24,7 @@ from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import load_weights, save_weights, step_of
-from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, race
+from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
 from comp.training.predict import Predictions, batch_tokens_of, predict
 
 __all__ = ["HeldOut"]
@@ -37,7 +37,8 @@ class HeldOut:
 
     `metrics`: one per task; the first task's decides which weights are best. `decide`: how many rows it takes (see
     early.py): full = all; exact = until the best can no longer be beaten; race = until a test at `error_rate` has
-    decided. Predictions of a row that was not scored are NaN. `seed`: of the order of a race.
+    decided, or the estimate from `race_percent` of the rows. Predictions of a row that was not scored are NaN. `seed`:
+    of the order of a race.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class HeldOut:
         best_path: Path,
         decide: Literal["full", "exact", "race"] = "full",
         error_rate: float = 0.05,
+        race_percent: float = 100,
         seed: int = 0,
     ) -> None:
         self.model, self.encoded, self.rows = model, encoded, rows
@@ -60,7 +62,7 @@ class HeldOut:
         self.metrics, self.runtime, self.best_path = metrics, runtime, best_path
         self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
-        self.decide, self.error_rate = decide, error_rate
+        self.decide, self.error_rate, self.race_percent = decide, error_rate, race_percent
         self.looks = self._looks(seed)
         """Places in `rows`, scored one look after the other."""
         self.best: Predictions | None = None
@@ -146,8 +148,11 @@ class HeldOut:
         if len(seen) == len(self.rows):
             return 0
         if self.decide == "race":
-            ends = np.cumsum([len(look) for look in self.looks])[:-1] / len(self.rows)
-            return race(new - best, len(self.rows), bound(tuple(ends.tolist()), self.error_rate))
+            ends, number = looks_that_decide([len(look) for look in self.looks], self.race_percent), len(self.rows)
+            found = race(new - best, number, bound(tuple(end / number for end in ends), self.error_rate))
+            if found == 0 and self.race_percent < 100 and len(seen) >= ends[-1]:
+                found = 1 if (new - best).sum() < 0 else -1
+            return found
         metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
         everything = self._losses(self.best, np.arange(len(self.rows)))
         return -int(cannot_win(new, everything, columns=columns, counts=metric.counts))
