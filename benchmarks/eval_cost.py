@@ -5,10 +5,11 @@
 
 For each seed the same fold (a fifth of the rows held out) is trained with a single evaluation at the end (none), and
 with 20 evaluations an epoch by evaluation.decide full, exact and race, and by a race with evaluation.race_percent.
-Their order changes from seed to seed, so that a drift of the machine's speed favours none. Time is that of training steps and evaluations, the writing of the
-best weights included; of `none` that of the steps alone. Every finished run is appended to
-benchmarks/results/eval_cost.jsonl, and skipped when it is there already; the table goes to eval_cost.md. Goals: 20
-evaluations an epoch add at most 25% to the time of none, and what is kept scores within 0.1% of what full keeps.
+Their order changes from seed to seed, so that a drift of the machine's speed favours none. Time is that of training
+steps and evaluations, the writing of the best weights included; of `none` that of the steps alone. Every finished run
+is appended to benchmarks/results/eval_cost.jsonl, and skipped when it is there already; the table goes to eval_cost.md.
+Goals: 20 evaluations an epoch add at most 25% to the time of none, and what is kept scores within 0.1% of what full
+keeps.
 """
 
 from __future__ import annotations
