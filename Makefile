@@ -60,10 +60,12 @@ format: $(STAMP)  ## rewrite the files as ruff wants them
 readme: $(STAMP)  ## write the catalogues into the README's table of techniques
 	$(BIN)/python tests/test_readme.py
 
-bench: $(STAMP)  ## speed of training and of inference, and inference's memory (ten minutes)
+bench: $(STAMP)  ## speed of training, inference and evaluations, memory, padding (an hour and more)
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/infer_speed.py
 	$(BIN)/python benchmarks/infer_memory.py
+	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/eval_cost.py
 
 clean:  ## remove .venv and the tools' caches; runs/, folds/ and submissions/ stay
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

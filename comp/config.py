@@ -393,6 +393,8 @@ class Config(Section):
             raise ValueError(
                 f"metric '{self.metric}' does not fit the first task's kind '{kind}'; allowed: {', '.join(fitting)}"
             )
+        self.evaluation.must_fit(self.metric, self.stability)
+        self.training.must_fit(self.model.max_length, self.whole_batch)
         return self
 
     def metric_of(self, task: Task) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from comp.config_section import Section
+from comp.config_stability import Stability
+from comp.metrics import METRICS
 
 __all__ = ["Evaluation", "Training", "parse_every"]
 
@@ -22,6 +24,10 @@ class Training(Section):
     """Rows per optimizer step."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows per forward and backward; the step still sees batch_size rows; null = batch_size."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens of an optimizer step, padding included: it sees as many rows as fit, batch_size at most and one at
+    least, so that short texts make large batches. Every row still weighs the same within its step; the number of steps
+    differs a little from epoch to epoch. null = always batch_size rows."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; weights stay float32. auto = bf16 where the hardware has it, else fp16 on GPU, else fp32."""
     seed: int = Field(42, ge=0)
@@ -40,6 +46,21 @@ class Training(Section):
             )
         return self
 
+    def must_fit(self, max_length: int, whole_batch: str | None) -> None:
+        """Raise ValueError where batch_tokens does not fit the rest; `whole_batch`: what compares all rows of one."""
+        if self.batch_tokens is None:
+            return
+        if self.batch_tokens < max_length:
+            raise ValueError(
+                f"training.batch_tokens {self.batch_tokens} is less than one text may have, model.max_length "
+                f"{max_length}; raise it, or set it to null"
+            )
+        if whole_batch:
+            raise ValueError(
+                f"{whole_batch} compares the rows of a whole batch, whose number training.batch_tokens would vary; set "
+                "it to null"
+            )
+
 
 EVERY = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(%|steps?)\s*$")
 
@@ -53,7 +74,7 @@ def parse_every(text: str) -> tuple[float, Literal["percent", "steps"]]:
 
 
 class Evaluation(Section):
-    """When the held-out fold is scored. It is always scored once more at the end."""
+    """When the held-out fold is scored, and on how many rows. It is always scored once more at the end, on all."""
 
     every: str | None = "20%"
     """Interval: "10%" of an epoch or "25 steps"; null = by `schedule`, or at the end only."""
@@ -64,6 +85,48 @@ class Evaluation(Section):
     """No evaluation before this percent of all steps."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many evaluations in a row without a better score; null = never."""
+    decide: Literal["full", "exact", "race"] = "full"
+    """How many rows an evaluation scores to decide whether the weights are the best so far. full = all. exact = until
+    even a perfect rest could not win: what is kept is bit for bit the same. race = in blocks, until a sequential test
+    of the rows' differences says wins or loses; what is kept is scored on all rows in the end. Scores of the others are
+    estimates then, marked as such. exact and race need a metric that is a mean over rows: rmse, mae, log_loss,
+    accuracy."""
+    error_rate: float | None = Field(None, gt=0, lt=0.5)
+    """Of a race: the chance that worse weights win where all rows would say that they lose, and that better ones lose;
+    null = 0.05."""
+    race_percent: float | None = Field(None, gt=0, le=100)
+    """Of a race: what the test has not decided after this percent of the rows goes by the estimate, at no stated rate
+    of error; that is nearly a tie, and most of the time is spent on those. null = 100: all rows decide then."""
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """How evaluations decide: keyword arguments of HeldOut."""
+        return {
+            "decide": self.decide,
+            "error_rate": 0.05 if self.error_rate is None else self.error_rate,
+            "race_percent": 100.0 if self.race_percent is None else self.race_percent,
+        }
+
+    def must_fit(self, metric: str, stability: Stability) -> None:
+        """Raise ValueError where what is decided early does not fit the metric, or what reads the scores."""
+        if self.decide == "full":
+            return
+        if METRICS[metric].losses is None:
+            fitting = ", ".join(name for name, row in METRICS.items() if row.losses is not None)
+            raise ValueError(
+                f"evaluation.decide '{self.decide}' needs a metric that is a mean over rows, which '{metric}' is not; "
+                f"set it to full, or use one of {fitting}"
+            )
+        if stability.averaging.name == "soup":
+            raise ValueError(
+                f"stability.averaging 'soup' ranks evaluations by their scores, of which evaluation.decide "
+                f"'{self.decide}' only estimates most; set it to full, or use swa or ema"
+            )
+        if self.decide == "race" and getattr(stability.adversarial, "start_score", None) is not None:
+            raise ValueError(
+                "stability.adversarial.start_score waits for the best score, which evaluation.decide 'race' only "
+                "estimates; set it to full or exact, or use start_epoch alone"
+            )
 
     @field_validator("every")
     @classmethod
@@ -82,4 +145,18 @@ class Evaluation(Section):
                 raise ValueError(f"schedule's thresholds must fall from row to row, got {thresholds}")
             if any(steps < 1 for _, steps in self.schedule):
                 raise ValueError("schedule's steps must be at least 1")
+            if self.decide != "full":
+                raise ValueError(
+                    f"schedule reads the score of every evaluation, which decide '{self.decide}' only estimates; set "
+                    "decide to full, or use `every`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_race_errs(self) -> Evaluation:
+        for name in ("error_rate", "race_percent"):
+            if getattr(self, name) is not None and self.decide != "race":
+                raise ValueError(
+                    f"{name} is of a race, but decide is '{self.decide}'; set {name} to null, or decide to race"
+                )
         return self

@@ -8,7 +8,9 @@ below it trust it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from comp.catalog import Row, pick
 
-__all__ = ["METRICS", "Metric", "evaluate", "evaluate_known", "is_better"]
+__all__ = ["METRICS", "Metric", "evaluate", "evaluate_known", "is_better", "row_losses"]
 
 Floats: TypeAlias = NDArray[np.float64]
 CLIP = 1e-15  # Kaggle's and scikit-learn's classic epsilon of log loss for float64
@@ -30,6 +32,20 @@ class Metric(Row):
     """Direction of improvement."""
     kinds: tuple[str, ...] = ()
     """Kinds of task it fits."""
+    losses: Callable[[Floats, Floats], Floats] | None = None
+    """Loss of each row (N,), never below 0, of whose mean the metric is `of_mean`; None = it is no such mean."""
+    of_mean: Callable[[float], float] = float
+    """Mean loss -> the metric; monotone."""
+    counts: bool = False
+    """Every loss is 0 or 1, so that their sums are exact."""
+
+
+def _squares(targets: Floats, preds: Floats) -> Floats:
+    return np.asarray(((targets - preds) ** 2).mean(axis=1))
+
+
+def _distances(targets: Floats, preds: Floats) -> Floats:
+    return np.asarray(np.abs(targets - preds).mean(axis=1))
 
 
 # --- numbers ------------------------------------------------------------------------------------------------
@@ -115,6 +131,11 @@ def accuracy(targets: Floats, preds: Floats) -> float:
     return float(np.mean(np.all(truth == guess, axis=1)))
 
 
+def _misses(targets: Floats, preds: Floats) -> Floats:
+    truth, guess = _labels(targets, preds, "accuracy")
+    return 1.0 - np.all(truth == guess, axis=1)
+
+
 def _f1(truth: NDArray[np.bool_], guess: NDArray[np.bool_]) -> float:
     hits, total = np.sum(truth & guess), np.sum(truth) + np.sum(guess)
     return float(2.0 * hits / total) if total else 0.0
@@ -160,15 +181,24 @@ def log_loss(targets: Floats, preds: Floats) -> float:
     Binary and multilabel: mean over all cells (so over columns), soft targets allowed. Multiclass: rows are
     scaled to sum 1 first; a class missing in the fold changes nothing.
     """
+    return float(-np.mean(_log_likelihoods(targets, preds)))
+
+
+def _log_likelihoods(targets: Floats, preds: Floats) -> Floats:
+    """Return the log likelihood of each cell, (N, K)."""
     _check_probabilities(preds, "log_loss")
     if preds.shape[1] != targets.shape[1]:
         likely = preds / np.maximum(preds.sum(axis=1, keepdims=True), CLIP)
         likely = np.take_along_axis(likely, targets.astype(np.int64), axis=1)
-        return float(-np.mean(np.log(np.clip(likely, CLIP, 1 - CLIP))))
+        return np.asarray(np.log(np.clip(likely, CLIP, 1 - CLIP)))
     if targets.min() < 0 or targets.max() > 1:
         raise ValueError(f"log_loss needs targets between 0 and 1, got {targets.min():g} to {targets.max():g}")
     likely = np.clip(preds, CLIP, 1 - CLIP)
-    return float(-np.mean(targets * np.log(likely) + (1 - targets) * np.log1p(-likely)))
+    return np.asarray(targets * np.log(likely) + (1 - targets) * np.log1p(-likely))
+
+
+def _surprises(targets: Floats, preds: Floats) -> Floats:
+    return np.asarray(-_log_likelihoods(targets, preds).mean(axis=1))
 
 
 def _auc(positive: NDArray[np.bool_], scores: Floats) -> float:
@@ -207,15 +237,24 @@ CLASSES = ("binary", "multiclass", "multilabel", "ordinal")
 PROBABILITIES = ("binary", "multiclass", "multilabel")
 
 METRICS: dict[str, Metric] = {
-    "rmse": Metric(rmse, "root mean squared error over all cells", "scikit-learn", False, NUMBERS),
-    "mae": Metric(mae, "mean absolute error over all cells", "scikit-learn", False, NUMBERS),
+    "rmse": Metric(rmse, "root mean squared error over all cells", "scikit-learn", False, NUMBERS, _squares, math.sqrt),
+    "mae": Metric(mae, "mean absolute error over all cells", "scikit-learn", False, NUMBERS, _distances),
     "r2": Metric(r2, "coefficient of determination, mean over columns", "scikit-learn", True, NUMBERS),
     "pearson": Metric(pearson, "linear correlation, mean over columns", "SciPy", True, NUMBERS),
     "spearman": Metric(spearman, "rank correlation, mean over columns", "SciPy", True, NUMBERS),
     "mcrmse": Metric(mcrmse, "mean over columns of each column's RMSE", "Kaggle", False, ("regression",)),
-    "accuracy": Metric(accuracy, "share of rows that are all right", "scikit-learn", True, CLASSES),
+    "accuracy": Metric(
+        accuracy,
+        "share of rows that are all right",
+        "scikit-learn",
+        True,
+        CLASSES,
+        losses=_misses,
+        of_mean=lambda mean: 1.0 - mean,
+        counts=True,
+    ),
     "f1_macro": Metric(f1_macro, "mean F1 over classes (multilabel: columns)", "scikit-learn", True, CLASSES),
-    "log_loss": Metric(log_loss, "mean negative log likelihood", "scikit-learn", False, PROBABILITIES),
+    "log_loss": Metric(log_loss, "mean negative log likelihood", "scikit-learn", False, PROBABILITIES, _surprises),
     "roc_auc": Metric(roc_auc, "area under the ROC curve, macro (one-vs-rest)", "scikit-learn", True, PROBABILITIES),
     "qwk": Metric(qwk, "quadratic weighted kappa of grades", "Cohen 1968", True, ("ordinal", "multiclass")),
 }
@@ -223,9 +262,13 @@ METRICS: dict[str, Metric] = {
 
 def soft_log_loss(targets: Floats, preds: Floats) -> float:
     """Return the mean cross-entropy of rows of probabilities (N, C) against rows of probabilities (N, C)."""
+    return float(np.mean(_soft_surprises(targets, preds)))
+
+
+def _soft_surprises(targets: Floats, preds: Floats) -> Floats:
     _check_probabilities(preds, "log_loss")
     likely = preds / np.maximum(preds.sum(axis=1, keepdims=True), CLIP)
-    return float(-np.mean((targets * np.log(np.clip(likely, CLIP, 1 - CLIP))).sum(axis=1)))
+    return np.asarray(-(targets * np.log(np.clip(likely, CLIP, 1 - CLIP))).sum(axis=1))
 
 
 def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floating], kind: str | None = None) -> float:
@@ -237,8 +280,31 @@ def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floatin
     Raises ValueError on an unknown name, on shapes that do not fit, on no rows, and on NaN or infinite
     values.
     """
+    row, truth, found = _checked(name, targets, preds, kind)
+    return row.make(truth, found)
+
+
+def row_losses(
+    name: str, targets: NDArray[np.floating], preds: NDArray[np.floating], kind: str | None = None
+) -> Floats:
+    """Return the loss of each row (N,), of whose mean metric `name` is `METRICS[name].of_mean`, but for rounding.
+
+    Raises ValueError where `evaluate` does, and for a metric that is no function of a mean over rows.
+    """
+    row, truth, found = _checked(name, targets, preds, kind)
+    if row.losses is None:
+        fitting = ", ".join(key for key, one in METRICS.items() if one.losses is not None)
+        raise ValueError(f"{name} is no mean over rows; those that are: {fitting}")
+    return row.losses(truth, found)
+
+
+def _checked(
+    name: str, truth: NDArray[np.floating], found: NDArray[np.floating], kind: str | None
+) -> tuple[Metric, Floats, Floats]:
+    """Return the metric, and targets and predictions in float64, as its functions want them."""
     row = pick(METRICS, name, "metric")
-    targets, preds = np.asarray(targets, dtype=np.float64), np.asarray(preds, dtype=np.float64)
+    targets: Floats = np.asarray(truth, dtype=np.float64)
+    preds: Floats = np.asarray(found, dtype=np.float64)
     if targets.ndim != 2 or preds.ndim != 2 or len(targets) != len(preds):
         raise ValueError(
             f"{name}: targets and predictions must be tables of the same number of rows (N, K), "
@@ -253,7 +319,7 @@ def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floatin
     num_classes = preds.shape[1]
     if kind == "multiclass" and targets.shape[1] == num_classes > 1:
         if name == "log_loss":
-            return soft_log_loss(np.asarray(targets, np.float64), np.asarray(preds, np.float64))
+            return replace(row, make=soft_log_loss, losses=_soft_surprises), targets, preds
         targets = targets.argmax(axis=1)[:, None].astype(np.float64)
     if targets.shape[1] != num_classes:
         if targets.shape[1] != 1 or "multiclass" not in row.kinds:
@@ -265,7 +331,7 @@ def evaluate(name: str, targets: NDArray[np.floating], preds: NDArray[np.floatin
                 f"{name}: targets must be class indices 0..{num_classes - 1} for {num_classes} columns of "
                 f"predictions, got {targets.min():g} to {targets.max():g}"
             )
-    return row.make(targets, preds)
+    return row, targets, preds
 
 
 def evaluate_known(

@@ -109,6 +109,8 @@ OUT_OF_RANGE: dict[str, Row] = {
     "evaluation after the end": ("evaluation.start_percent=100", "less than 100, got 100"),
     "no interval": ("evaluation.every=0%", "every is '10%' (of an epoch) or '25 steps', got '0%'"),
     "an interval without unit": ("evaluation.every='5'", "every is '10%' (of an epoch) or '25 steps', got '5'"),
+    "a race that errs half the time": ("evaluation={decide: race, error_rate: 0.5}", "less than 0.5, got 0.5"),
+    "no tokens for a text": ("training.batch_tokens=40", "batch_tokens 40 is less than", "model.max_length 48; raise it"),
     "no patience": ("evaluation.patience=0", "greater than or equal to 1, got 0"),
     "thresholds that rise": (
         "evaluation={every: null, schedule: [[0.4, 2], [0.5, 4]]}", "must fall from row to row, got [0.4, 0.5]",
@@ -157,6 +159,24 @@ CONFLICTS: dict[str, Row] = {
     ),
     "contrast in micro-batches": (
         ["stability.supcon.weight=1", "training.micro_batch_size=2"], "stability.supcon", "micro_batch_size to null",
+    ),
+    "a batch whose rows are compared, by tokens": (
+        ["stability.supcon.weight=1", "training.batch_tokens=512"], "stability.supcon compares", "set it to null",
+    ),
+    "early by a metric that is no sum": ("evaluation.decide=exact", "which 'roc_auc' is not; set it to full, or use"),
+    "an error rate without a race": (
+        ["metric=accuracy", "evaluation={decide: exact, error_rate: 0.1}"], "set error_rate to null, or decide to race",
+    ),
+    "a cap without a race": (["metric=accuracy", "evaluation.race_percent=25"], "set race_percent to null, or decide"),
+    "a cadence by estimates": (
+        ["metric=accuracy", "evaluation={every: null, schedule: [[0.5, 2]], decide: race}"], "set decide to full, or use",
+    ),
+    "a soup of estimates": (
+        ["metric=accuracy", "evaluation.decide=exact", "stability.averaging={name: soup}"], "to full, or use swa or ema",
+    ),
+    "an attack from an estimate on": (
+        ["metric=accuracy", "evaluation.decide=race", "stability.adversarial={name: awp, start_score: 0.7}"],
+        "to full or exact, or use start_epoch",
     ),
     "two cadences": ("evaluation={every: 10%, schedule: [[0.5, 2]]}", "both set", "set `every: null`"),
     "two warm-ups": ("schedule={name: linear, warmup_steps: 1, warmup_epochs: 1}", "one unit", "the others to null"),

@@ -17,7 +17,7 @@ from comp import config_file
 from comp.data.batches import longest_window
 from comp.model.text_model import TextModel
 from comp.runs import RunFolder
-from comp.training import crossval, one_fold
+from comp.training import crossval, one_fold, predict
 from comp.training.memory import Exhausted, cut, running_out
 from comp.training.resume import Saver, read_state
 
@@ -207,6 +207,7 @@ def test_prediction_goes_on_with_half_the_batch(here: Path, monkeypatch: pytest.
     for file in Path("runs/.cache/predictions").iterdir():
         file.unlink()
     passes = small_memory(monkeypatch, 3, training=False)
+    monkeypatch.setattr(predict, "sorted_batches", lambda lengths, **options: [np.argsort(-lengths, kind="stable")])
     with pytest.warns(RuntimeWarning) as said:
         again = pd.read_csv(infer(["runs/tiny"], out="after.csv", say=lambda line: None))
     lines = [str(one.message) for one in said]

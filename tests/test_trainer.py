@@ -29,6 +29,7 @@ from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import NoAverager
 from comp.tracking import JsonlTracker, NullTracker
 from comp.training.cadence import Cadence, Never
+from comp.training.early import Evaluation
 from comp.training.objective import Objective
 from comp.training.trainer import NonFiniteError, Parts, TrainState, fit
 
@@ -84,7 +85,7 @@ def parts_of(
         "adversary": NoAdversary(),
         "averager": NoAverager(),
         "loss": losses.share,
-        "evaluate": lambda: 0.0,
+        "evaluate": lambda best, full: Evaluation(0.0, best),
         "others": dict,
         "showing": nullcontext,
         "keep_best": lambda step: None,
@@ -189,12 +190,12 @@ def test_evaluation_leaves_training_alone(ready: Callable[..., tuple[Parts, Text
     for cadence in (Never(), Cadence(10, interval=1), Cadence(10, interval=3)):
         parts, model = ready(dropout=0.3, cadence=cadence, epochs=2)
 
-        def evaluate(model: TextModel = model, parts: Parts = parts) -> float:
+        def evaluate(best: float | None, full: bool, model: TextModel = model, parts: Parts = parts) -> Evaluation:
             model.eval()
             with torch.inference_mode():
                 value = float(model(parts.collate(np.arange(8)))["main"].mean())
             model.train()
-            return value
+            return Evaluation(value, best)
 
         object.__setattr__(parts, "evaluate", evaluate)
         torch.manual_seed(5)
@@ -211,7 +212,7 @@ def test_best_is_kept_ties_do_not_count_and_patience_stops(ready: Callable[..., 
     state = TrainState()
     parts, _ = ready(
         cadence=Cadence(100, interval=1),
-        evaluate=lambda: next(scores),
+        evaluate=lambda best, full: Evaluation(next(scores), best),
         keep_best=kept.append,
         patience=2,
         epochs=20,
@@ -309,7 +310,7 @@ def test_a_loss_scale_changes_no_bit(
 
 def test_the_log_has_losses_rates_and_scores(ready: Callable[..., tuple[Parts, TextModel]], tmp_path: Path) -> None:
     tracker = JsonlTracker(tmp_path / "metrics.jsonl")
-    parts, _ = ready(tracker=tracker, cadence=Cadence(5, interval=2), evaluate=lambda: 0.7)
+    parts, _ = ready(tracker=tracker, cadence=Cadence(5, interval=2), evaluate=lambda best, full: Evaluation(0.7, best))
     state = fit(parts, TrainState())
     tracker.finish()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

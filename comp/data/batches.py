@@ -6,6 +6,7 @@ piece, K targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,8 +15,17 @@ from numpy.typing import NDArray
 
 from comp.data.tokens import Encoded, within
 
-__all__ = ["Batch", "Labels", "collate", "longest_window", "sorted_batches", "training_windows"]
+__all__ = [
+    "Batch",
+    "Labels",
+    "collate",
+    "count_tokens",
+    "longest_window",
+    "sorted_batches",
+    "training_windows",
+]
 
+OVERHEAD = 64  # a batch of prediction costs so much as a 64th of a full one more than its tokens
 MEGA_BATCHES = 50  # windows sorted together: long enough to pad little, short enough to stay shuffled
 
 
@@ -115,6 +125,7 @@ def training_windows(
     *,
     batch_size: int,
     micro_batch_size: int | None = None,
+    batch_tokens: int | None = None,
     bucketing: bool = True,
     seed: int,
     epoch: int,
@@ -125,6 +136,9 @@ def training_windows(
     row stands in exactly one micro-batch; the order depends on `seed` and `epoch` alone. With `bucketing`, rows are
     shuffled, sorted by length within mega-batches of 50 windows, cut, and the windows shuffled: so neither the longest
     nor the ragged window has a fixed place. `lengths` (N,) is indexed by row number.
+
+    A window has `batch_size` rows; with `batch_tokens`, as many of them as hold at most so many padded tokens, and at
+    least one. Then the number of windows differs a little from epoch to epoch.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(rows)
@@ -132,20 +146,46 @@ def training_windows(
         mega = batch_size * MEGA_BATCHES
         parts = [order[start : start + mega] for start in range(0, len(order), mega)]
         order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
-    windows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if batch_tokens is None:
+        windows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    else:
+        windows = _filled(order, lengths, batch_size, batch_tokens)
     if bucketing:
         windows = [windows[place] for place in generator.permutation(len(windows))]
-    micro = micro_batch_size or batch_size
-    return [[window[start : start + micro] for start in range(0, len(window), micro)] for window in windows]
+    return [_parted(window, micro_batch_size) for window in windows]
+
+
+def _filled(
+    order: NDArray[np.int64], lengths: NDArray[np.int64], most_rows: int, most_tokens: int
+) -> list[NDArray[np.int64]]:
+    """Cut `order` into runs of at most `most_rows` rows and `most_tokens` padded tokens, at least one row each."""
+    cuts, start, longest = [], 0, 0
+    for place, length in enumerate(lengths[order].tolist()):
+        longest, rows = max(longest, length), place - start + 1
+        if rows > 1 and (rows > most_rows or rows * longest > most_tokens):
+            cuts.append(place)
+            start, longest = place, length
+    return np.split(order, cuts)
+
+
+def _parted(window: NDArray[np.int64], micro: int | None) -> list[NDArray[np.int64]]:
+    """Return a window as micro-batches of `micro` rows; None = in one."""
+    return [window[start : start + (micro or len(window))] for start in range(0, len(window), micro or len(window))]
 
 
 def longest_window(
-    rows: NDArray[np.int64], lengths: NDArray[np.int64], *, batch_size: int, micro_batch_size: int | None = None
+    rows: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    batch_size: int,
+    micro_batch_size: int | None = None,
+    batch_tokens: int | None = None,
 ) -> list[NDArray[np.int64]]:
     """Return a window of the longest of `rows`, which takes as much memory as any of `training_windows`."""
     longest = rows[np.argsort(-lengths[rows], kind="stable")[:batch_size]]
-    micro = micro_batch_size or batch_size
-    return [longest[start : start + micro] for start in range(0, len(longest), micro)]
+    if batch_tokens is not None:
+        longest = _filled(longest, lengths, batch_size, batch_tokens)[0]
+    return _parted(longest, micro_batch_size)
 
 
 def sorted_batches(
@@ -153,15 +193,35 @@ def sorted_batches(
 ) -> list[NDArray[np.int64]]:
     """Cut all N rows into batches for prediction: at most `max_tokens` padded tokens and `max_rows` rows each.
 
-    Longest first, so that memory runs out at once or never. A batch has at least one row. Cut again from where a batch
+    Longest first, so that memory runs out at once or never. A batch has at least one row. Of all ways to cut the
+    sorted rows, this one has the least padded tokens, where a batch more counts as a 64th of `max_tokens`: full batches
+    of texts whose lengths differ are mostly padding, one-row batches mostly overhead. Cut again from where a batch
     starts, the rest gives the same batches.
     """
     order = np.argsort(-lengths, kind="stable")
-    batches = []
-    start = 0
-    while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
-        stop = start + max(1, min(max_rows, max_tokens // longest))
-        batches.append(order[start:stop])
-        start = stop
+    longest = np.maximum(1, lengths[order]).astype(np.int64)
+    number = len(order)
+    counts = np.arange(1, max_rows + 1)
+    stops = np.zeros(number, np.int64)
+    cost = np.zeros(number + 1, np.int64)  # of the rows from a place on, cut at best
+    for start in range(number - 1, -1, -1):
+        most = max(1, min(max_rows, max_tokens // int(longest[start]), number - start))
+        whole = longest[start] * counts[:most] + cost[start + 1 : start + 1 + most]
+        rows = most - int(whole[::-1].argmin())  # the largest of equals
+        stops[start], cost[start] = start + rows, whole[rows - 1] + max_tokens // OVERHEAD
+    batches, start = [], 0
+    while start < number:
+        batches.append(order[start : stops[start]])
+        start = int(stops[start])
     return batches
+
+
+def count_tokens(encoded: Encoded, batches: Iterable[NDArray[np.int64]]) -> tuple[int, int]:
+    """Return the real and the padded number of tokens of batches of row numbers, each padded to its longest piece."""
+    sizes = np.diff(encoded.offsets)
+    longest, pieces = np.maximum.reduceat(sizes, encoded.first[:-1]), np.diff(encoded.first)
+    lengths, real, padded = encoded.lengths, 0, 0
+    for rows in batches:
+        real += int(lengths[rows].sum())
+        padded += int(pieces[rows].sum() * longest[rows].max())
+    return real, padded

@@ -114,7 +114,8 @@ def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -
     """Validation score and training loss over optimizer steps, a line a fold.
 
     A fold has name, valid (steps, scores), train (steps, losses), and where there are such `chosen` and `averaged`, as
-    (step, score). Every evaluation is a dot, the chosen one is ringed, the average is a diamond.
+    (step, score). Every evaluation is a dot, the chosen one is ringed, the average is a diamond. Where
+    `estimated` has a true for an evaluation, it is a cross instead.
     """
     scored = any(fold["valid"][0] for fold in folds)
     figure.set_size_inches(*(WIDE if scored else SMALL))
@@ -123,7 +124,12 @@ def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -
     for place, fold in enumerate(folds):
         look = _line(place)
         if scored:
-            axes[0].plot(*fold["valid"], marker="o", markersize=3, label=fold["name"], **look)
+            guessed = np.asarray(fold.get("estimated", [False] * len(fold["valid"][0])), bool)
+            dots = {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(~guessed).tolist()}
+            axes[0].plot(*fold["valid"], label=fold["name"], **dots, **look)
+            if guessed.any():
+                crosses = {"marker": "x", "markersize": 4, "linestyle": "none", "color": look["color"]}
+                axes[0].plot(*(np.asarray(values)[guessed] for values in fold["valid"]), **crosses)
             if fold.get("chosen"):
                 ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.4}
                 axes[0].plot(*fold["chosen"], color=look["color"], **ring)

@@ -17,6 +17,7 @@ from comp.ship.report_errors import errors_panel, worst_panel
 from comp.ship.report_page import Block, Grid, Lines, Note, Page, Panel, Picture, Tiles, number
 from comp.ship.report_run import FoldLog, RunRecord, fold_name
 from comp.ship.report_tasks import prediction_blocks
+from comp.training.oof import FLATTERY_UNKNOWN
 
 __all__ = ["report_page"]
 
@@ -122,6 +123,9 @@ def _scores(run: RunRecord) -> Panel:
                 f"about {flatters[0]:.5f}; the last weights are chosen by no score."
             )
         )
+    elif flatters is None and run.config.evaluation.decide != "full" and blocks:
+        unknown = FLATTERY_UNKNOWN.format(run.config.evaluation.decide)
+        blocks.append(Note(f"{unknown[0].upper()}{unknown[1:]}."))
     return Panel("scores", "Scores", blocks)
 
 
@@ -153,10 +157,12 @@ def _training(run: RunRecord) -> Panel:
         fold: dict[str, Any] = {
             "name": fold_name(log.fold) + ("" if log.done is not None else " (not finished)"),
             "valid": (steps, scores),
+            "estimated": [line.get("valid/rows", 1.0) < 1 for line in log.valid],
             "train": ([line["step"] for line in log.train], [line["train/loss"] for line in log.train]),
         }
         if chosen is not None:
-            fold["chosen"] = (chosen, scores[steps.index(chosen)] if chosen in steps else done["best"])
+            # What was kept may have been estimated when it was chosen; in the end its score is known.
+            fold["chosen"] = (chosen, done["best"] if done.get("best") is not None else scores[steps.index(chosen)])
         if done.get("averaged") is not None:
             fold["averaged"] = (done["steps"], done["averaged"])
         folds.append(fold)
@@ -166,17 +172,27 @@ def _training(run: RunRecord) -> Panel:
             told = f"  chosen {fold['chosen'][1]:.5f} at step {chosen}" if chosen is not None else ""
             words.append(f"{fold['name']}  {metric}  {sparkline(scores)}  {scores[0]:.5f} to {scores[-1]:.5f}{told}")
     about = "Every evaluation is a dot, the chosen one is ringed" if any(log.valid for log in logs) else "Training loss"
+    if any(any(fold["estimated"]) for fold in folds):
+        about += "; crosses are estimates from some of the rows"
     blocks: list[Block] = [Picture("curves", about, "curves", {"folds": folds, "metric": metric}, words)]
     blocks += _auxiliary(run, logs)
     blocks += _rates(run, logs[0])
+    partly = any("valid/rows" in line for log in logs for line in log.valid)
     rows = [
-        [fold["name"], str(step), number(score), "chosen" if step == fold.get("chosen", (None,))[0] else ""]
-        for fold in folds
-        for step, score in zip(*fold["valid"], strict=True)
+        [
+            fold["name"],
+            str(step),
+            number(score),
+            "chosen" if step == fold.get("chosen", (None,))[0] else "",
+            *([f"{rows:.0%}"] if partly else []),
+        ]
+        for fold, log in zip(folds, logs, strict=True)
+        for step, score, rows in zip(*fold["valid"], [line.get("valid/rows", 1.0) for line in log.valid], strict=True)
     ]
     if rows:
         title = f"all {len(rows)} evaluations"
-        blocks.append(Grid("evaluations", title, ["fold", "step", metric, ""], rows, folded=True))
+        heads = ["fold", "step", metric, "", *(["rows scored"] if partly else [])]
+        blocks.append(Grid("evaluations", title, heads, rows, folded=True))
     return Panel("training", "Training", blocks)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from comp import config_file
 from comp.config import Config, Task
-from comp.data.batches import sorted_batches
+from comp.data.batches import count_tokens, sorted_batches
 from comp.data.folds import Folding, read_folds
 from comp.data.tables import Table, read_train
 from comp.data.tokens import Encoded, encode
@@ -216,22 +216,13 @@ class RunRecord:
             stages = Stages(lesson, self.config.model_copy(update={"training": options}), self._encoded.lengths)
             windows = (window for epoch in range(stages.epochs) for window in stages.windows(epoch))
             found.append(
-                _tokens(self._encoded, [rows for window in islice(windows, log.done["steps"]) for rows in window])
+                count_tokens(self._encoded, [rows for window in islice(windows, log.done["steps"]) for rows in window])
             )
         (real, padded), (_, plain) = found
         limit = CPU_TOKENS if str(self.manifest["runtime"]).startswith("CPU") else GPU_TOKENS
         batches = sorted_batches(self._encoded.lengths[held], max_tokens=limit)
-        own, shown = _tokens(self._encoded, [held[places] for places in batches])
+        own, shown = count_tokens(self._encoded, [held[places] for places in batches])
         return Padding(real, 1 - real / padded, 1 - real / plain, 1 - own / shown if shown else 0.0)
-
-
-def _tokens(encoded: Encoded, batches: list[NDArray[np.int64]]) -> tuple[int, int]:
-    """Return the real and the padded number of tokens of batches of row numbers."""
-    sizes = np.diff(encoded.offsets)
-    longest, pieces = np.maximum.reduceat(sizes, encoded.first[:-1]), np.diff(encoded.first)
-    lengths = encoded.lengths
-    real = sum(int(lengths[rows].sum()) for rows in batches)
-    return real, sum(int(pieces[rows].sum() * longest[rows].max()) for rows in batches)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

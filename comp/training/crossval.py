@@ -85,9 +85,9 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
     for fold, own in rows.items():
         check_rows(config, table, fold, *own)
     pseudo = open_pseudo(config, table, folding, wanted, say)
-    for fold, (training, _) in rows.items():
-        check_steps(config, fold, pseudo.lesson(fold, table, training))
     encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
+    for fold, (training, _) in rows.items():
+        check_steps(config, fold, pseudo.lesson(fold, table, training), encoded.lengths)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
     about["tokenizer"] = vocabulary_digest(tokenizer)
@@ -158,6 +158,8 @@ def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.
         say(f"warning: {leak}")
     if flatters is not None and flatters[1] > 1:
         say(f"choosing the best of {flatters[1]} evaluations a fold flatters `best` by about {flatters[0]:.5f}")
+    elif flatters is None and config.evaluation.decide != "full":
+        say(oof.FLATTERY_UNKNOWN.format(config.evaluation.decide))
     if missing:
         say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
     return first

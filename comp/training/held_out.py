@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,24 +14,31 @@ import torch
 from numpy.typing import NDArray
 
 from comp.config import Task
+from comp.data.batches import count_tokens, sorted_batches
 from comp.data.tables import Table
 from comp.data.tokens import Encoded
-from comp.metrics import evaluate, evaluate_known
+from comp.metrics import METRICS, evaluate, evaluate_known, is_better, row_losses
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
 from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import load_weights, save_weights, step_of
-from comp.training.predict import Predictions, predict
+from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
+from comp.training.predict import Predictions, batch_tokens_of, predict
 
 __all__ = ["HeldOut"]
+
+GPU_LOOKS = 32  # a look is a sync point
 
 
 class HeldOut:
     """Scores `model` on `rows` of `table`; writes the best weights to `best_path`.
 
-    `metrics`: one per task; the first task's decides which weights are best.
+    `metrics`: one per task; the first task's decides which weights are best. `decide`: how many rows it takes (see
+    early.py): full = all; exact = until the best can no longer be beaten; race = until a test at `error_rate` has
+    decided, or the estimate from `race_percent` of the rows. Predictions of a row that was not scored are NaN. `seed`:
+    of the order of a race.
     """
 
     def __init__(
@@ -43,23 +52,172 @@ class HeldOut:
         metrics: Sequence[str],
         runtime: Runtime,
         best_path: Path,
+        decide: Literal["full", "exact", "race"] = "full",
+        error_rate: float = 0.05,
+        race_percent: float = 100,
+        seed: int = 0,
     ) -> None:
         self.model, self.encoded, self.rows = model, encoded, rows
         self.ids, self.classes, self.tasks = table.ids, table.classes, tasks
         self.metrics, self.runtime, self.best_path = metrics, runtime, best_path
         self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
+        self.decide, self.error_rate, self.race_percent = decide, error_rate, race_percent
+        self.looks = self._looks(seed)
+        """Places in `rows`, scored one look after the other."""
         self.best: Predictions | None = None
         self.last: Predictions | None = None
         self.averaged: Predictions | None = None
         self.history: list[NDArray[np.float32]] = []
         """Predictions (N, K) of the first task at each evaluation."""
+        self.best_mean: float | None = None
+        """Mean loss of the best, estimated while not all of its rows are scored."""
+        self.last_mean: float | None = None
+        self.best_weights: dict[str, torch.Tensor] | None = None
+        """On the CPU, while the best has rows that are not scored: a later race may want them."""
+        self.num_scored = 0
+        """Rows predicted in evaluations."""
 
-    def evaluate(self) -> float:
-        """Predict the rows and return the metric of the first task; NaN when a prediction is not finite."""
-        self.last = self._predict()
+    def _looks(self, seed: int) -> list[NDArray[np.int64]]:
+        everything = np.arange(len(self.rows))
+        if self.decide == "full" or not len(self.rows):
+            return [everything]
+        if self.decide == "race":
+            return blocks(self.targets[self.tasks[0].name].astype(np.float64), seed=seed)
+        # The very batches of a full evaluation, so that the predictions are the same bits.
+        batches = self._batches(everything)
+        most = len(batches) if self.runtime.device.type == "cpu" else GPU_LOOKS
+        return [np.concatenate([batches[k] for k in part]) for part in _runs(len(batches), most)]
+
+    def _batches(self, places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        lengths = self.encoded.lengths[self.rows[places]]
+        return [places[part] for part in sorted_batches(lengths, max_tokens=batch_tokens_of(self.runtime))]
+
+    def padding(self) -> float | None:
+        """Return the share of padding among the tokens of a whole evaluation; None without held-out rows."""
+        if not len(self.rows):
+            return None
+        batches = [self.rows[part] for look in self.looks for part in self._batches(look)]
+        real, padded = count_tokens(self.encoded, batches)
+        return 1 - real / padded
+
+    def evaluate(self, best_score: float | None = None, full: bool = True) -> Evaluation:
+        """Predict the rows and score the first task: all rows when it must be `full`, or as many as decide.
+
+        `best_score` is what `keep_best` was last called after. A score that is no better than the best is never
+        returned as better, estimate or not.
+        """
+        self.last, self.last_mean = self._nothing(), None
+        verdict = 0
+        for places in self._order():
+            self._add(self.last, places)
+            if not all(np.isfinite(values[places]).all() for values in self.last.values.values()):
+                return Evaluation(float("nan"), best_score)
+            if not full and self.decide != "full" and self.best is not None:
+                verdict = self._verdict(places)
+            if verdict:
+                break
         self.history.append(self.last.values[self.tasks[0].name].astype(np.float32))
-        return self._score(self.last)
+        if not verdict:
+            best_score = self._complete(best_score)
+            return Evaluation(self._score(self.last), best_score)
+        assert best_score is not None
+        seen, new, best = self._seen_losses()
+        assert self.best_mean is not None
+        self.last_mean = estimate(new, best, self.best_mean, len(self.rows))
+        score = METRICS[self.metrics[0]].of_mean(self.last_mean)
+        wins = is_better(self.metrics[0], score, best_score)
+        if verdict < 0 and wins:  # by a rounding
+            score = best_score
+        return Evaluation(score, best_score, len(seen) / len(self.rows))
+
+    def _order(self) -> list[NDArray[np.int64]]:
+        """Return the looks in the order that decides soonest: exact begins where the best loses most per token."""
+        if self.decide != "exact" or self.best is None:
+            return self.looks
+        losses, lengths = self._losses(self.best, np.arange(len(self.rows))), self.encoded.lengths[self.rows]
+        return sorted(self.looks, key=lambda places: -float(losses[places].sum() / lengths[places].sum()))
+
+    def _verdict(self, places: NDArray[np.int64]) -> int:
+        """Return -1 when the latest weights lose, 1 when they win, 0 when more rows are needed; `places` are new."""
+        assert self.best is not None
+        if self.decide == "race" and np.isnan(self.best.values[self.tasks[0].name][places]).any():
+            with self._best_in():
+                self._add(self.best, places)
+        seen, new, best = self._seen_losses()
+        if len(seen) == len(self.rows):
+            return 0
+        if self.decide == "race":
+            ends, number = looks_that_decide([len(look) for look in self.looks], self.race_percent), len(self.rows)
+            found = race(new - best, number, bound(tuple(end / number for end in ends), self.error_rate))
+            if found == 0 and self.race_percent < 100 and len(seen) >= ends[-1]:
+                found = 1 if (new - best).sum() < 0 else -1
+            return found
+        metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
+        everything = self._losses(self.best, np.arange(len(self.rows)))
+        return -int(cannot_win(new, everything, columns=columns, counts=metric.counts))
+
+    def _seen_losses(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return the places that the latest weights are scored on, and there their losses and those of the best."""
+        assert self.best is not None and self.last is not None
+        seen = np.flatnonzero(np.isfinite(self.last.values[self.tasks[0].name]).all(axis=1))
+        return seen, self._losses(self.last, seen), self._losses(self.best, seen)
+
+    def _losses(self, found: Predictions, places: NDArray[np.int64]) -> NDArray[np.float64]:
+        task = self.tasks[0]
+        return row_losses(self.metrics[0], self.targets[task.name][places], found.values[task.name][places], task.kind)
+
+    def _complete(self, best_score: float | None) -> float | None:
+        """Score what is left of the best; return its score, which until then was an estimate."""
+        if self.best is None or self.best_weights is None:
+            return best_score
+        with self._best_in():
+            for places in self.looks:
+                if np.isnan(self.best.values[self.tasks[0].name][places]).any():
+                    self._add(self.best, places)
+        self.best_weights = None
+        self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
+        return self._score(self.best)
+
+    def _nothing(self) -> Predictions:
+        return Predictions(self.ids[self.rows], {})
+
+    def _add(self, found: Predictions, places: NDArray[np.int64]) -> None:
+        """Predict the rows at `places` by the weights in the model, into `found`."""
+        part = predict(
+            self.model,
+            self.encoded,
+            self.ids,
+            decoders=self.decoders,
+            runtime=self.runtime,
+            rows=self.rows[places],
+        )
+        self.num_scored += len(places)
+        for name, values in part.values.items():
+            if name not in found.values:
+                found.values[name] = np.full((len(self.rows), values.shape[1]), np.nan)
+            found.values[name][places] = values
+
+    @contextmanager
+    def _best_in(self) -> Iterator[None]:
+        """Put the best weights into the model; its own come back bit by bit."""
+        assert self.best_weights is not None
+        own = self._weights()
+        kept = {name: tensor.detach().clone() for name, tensor in own.items()}
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(self.best_weights[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(kept[name])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return what training can change: all but frozen parameters."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
 
     def try_weights(self) -> float:
         """Score the weights in the model, by the way."""
@@ -80,19 +238,43 @@ class HeldOut:
         return evaluate(self.metrics[0], self.targets[first], found.values[first], self.tasks[0].kind)
 
     def others(self) -> dict[str, float]:
-        """Return "valid/<task>" -> score of the latest predictions, for the auxiliary tasks that can be scored."""
+        """Return what is logged beside the first task's score.
+
+        "valid/<task>" -> score of the latest predictions, for the auxiliary tasks that can be scored: in a race over
+        the rows that were, which are a fair sample; where `exact` stopped they are the worst ones, and none is
+        returned. Unless all rows are always scored, "valid/rows" and "valid/best_rows" -> their share, for the latest
+        weights and for the best: below 1 their score is an estimate.
+        """
         assert self.last is not None
-        values = self.last.values
-        found = {
-            f"valid/{task.name}": evaluate_known(metric, self.targets[task.name], values[task.name], task.kind)
-            for task, metric in zip(self.tasks[1:], self.metrics[1:], strict=True)
-        }
+        values, rows = self.last.values, self._share(self.last)
+        found: dict[str, float | None] = {}
+        if self.decide != "full":
+            found = {"valid/rows": rows, "valid/best_rows": 1.0 if self.best is None else self._share(self.best)}
+        if self.decide == "race" or rows == 1:
+            seen = np.isfinite(values[self.tasks[0].name]).all(axis=1)
+            for task, metric in zip(self.tasks[1:], self.metrics[1:], strict=True):
+                own = self.targets[task.name][seen], values[task.name][seen]
+                found[f"valid/{task.name}"] = evaluate_known(metric, *own, task.kind)
         return {name: score for name, score in found.items() if score is not None}
+
+    def _share(self, found: Predictions) -> float:
+        """Return the share of the rows that have predictions."""
+        return float(np.isfinite(found.values[self.tasks[0].name]).all(axis=1).mean())
+
+    @property
+    def scored_share(self) -> float:
+        """Rows predicted in evaluations, over those that full evaluations would have predicted; 0 without any."""
+        return round(self.num_scored / max(1, len(self.history) * len(self.rows)), 4)
 
     def keep_best(self, step: int) -> None:
         """Keep the latest predictions, and the weights that made them at `step`, as the best."""
-        self.best = self.last
+        assert self.last is not None
+        self.best, self.best_mean, self.best_weights = self.last, self.last_mean, None
         save_weights(self.best_path, self.model, step=step)
+        if self._share(self.best) < 1:
+            self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}
+        elif self.decide != "full":
+            self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
 
     def settle(self, best_step: int) -> tuple[int, float] | None:
         """Make sure that the best predictions are those of the best weights on disk.
@@ -112,7 +294,8 @@ class HeldOut:
         """Return the predictions that the end of the fold needs."""
         kept = {"best": self.best, "last": self.last}
         history = [torch.from_numpy(values) for values in self.history]
-        return {"history": history} | {
+        race = {"best_mean": self.best_mean, "best_weights": self.best_weights, "num_scored": self.num_scored}
+        return {"history": history, "race": race} | {
             kind: {name: torch.from_numpy(values) for name, values in found.values.items()}
             for kind, found in kept.items()
             if found is not None
@@ -123,8 +306,10 @@ class HeldOut:
         kept = {
             kind: Predictions(self.ids[self.rows], {name: values.numpy() for name, values in found.items()})
             for kind, found in state_dict.items()
-            if kind != "history"
+            if kind in ("best", "last")
         }
+        race = state_dict["race"]
+        self.best_mean, self.best_weights, self.num_scored = race["best_mean"], race["best_weights"], race["num_scored"]
         self.history = [values.numpy() for values in state_dict["history"]]
         self.best, self.last = kept.get("best"), kept.get("last")
 
@@ -140,6 +325,7 @@ class HeldOut:
     def write(self, path: Path, fold: int) -> None:
         """Write the fold's out-of-fold rows."""
         assert self.best is not None and self.last is not None
+        assert self._share(self.best) == self._share(self.last) == 1, "the last evaluation scores all rows of both"
         oof.write(
             path,
             fold=fold,
@@ -150,3 +336,9 @@ class HeldOut:
             last=self.last,
             averaged=self.averaged,
         )
+
+
+def _runs(number: int, most: int) -> list[range]:
+    """Part 0..number - 1 into at most `most` runs of nearly equal length."""
+    cuts = [number * k // min(most, number) for k in range(min(most, number) + 1)]
+    return [range(start, stop) for start, stop in pairwise(cuts)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from comp.config import Config
 from comp.config_pseudo import NUMBERS, Pseudo
 from comp.config_training import parse_every
-from comp.data.batches import training_windows
+from comp.data.batches import count_tokens, training_windows
 from comp.data.folds import Folding, valid_rows
 from comp.data.pseudo import (
     Answers,
@@ -30,6 +31,7 @@ from comp.data.pseudo import (
     unfit_rows,
 )
 from comp.data.tables import Table
+from comp.data.tokens import Encoded
 from comp.optim.schedules import build_schedule
 from comp.training.cadence import Cadence
 
@@ -200,20 +202,29 @@ class Stages:
     def epochs(self) -> int:
         return self.lesson.lead_epochs + self.config.training.epochs
 
+    @cached_property
+    def _steps(self) -> list[int]:
+        """Optimizer steps of each epoch."""
+        options = self.config.training
+        if options.batch_tokens is not None:
+            return [len(self.windows(epoch)) for epoch in range(self.epochs)]
+        rows = [self.lesson.lead] * self.lesson.lead_epochs + [self.lesson.rows] * options.epochs
+        return [-(-len(own) // options.batch_size) for own in rows]
+
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of an epoch of the last stage."""
-        return -(-len(self.lesson.rows) // self.config.training.batch_size)
+        """Optimizer steps of an epoch of the last stage; with batch_tokens of a mean one, rounded."""
+        return max(1, round(self.last_steps / self.config.training.epochs))
 
     @property
     def lead_steps(self) -> int:
         """Optimizer steps of the stage before it."""
-        return self.lesson.lead_epochs * -(-len(self.lesson.lead) // self.config.training.batch_size)
+        return sum(self._steps[: self.lesson.lead_epochs])
 
     @property
     def last_steps(self) -> int:
         """Optimizer steps of the last stage."""
-        return self.steps_per_epoch * self.config.training.epochs
+        return sum(self._steps[self.lesson.lead_epochs :])
 
     @property
     def num_steps(self) -> int:
@@ -227,10 +238,17 @@ class Stages:
             self.lengths,
             batch_size=options.batch_size,
             micro_batch_size=options.micro_batch_size,
+            batch_tokens=options.batch_tokens,
             bucketing=options.length_bucketing,
             seed=options.seed,
             epoch=epoch if epoch < lead else epoch - lead,
         )
+
+    def padding(self, encoded: Encoded) -> float:
+        """Return the share of padding among the tokens of all epochs."""
+        windows = (window for epoch in range(self.epochs) for window in self.windows(epoch))
+        real, padded = count_tokens(encoded, (rows for window in windows for rows in window))
+        return 1 - real / padded
 
     def schedule(self) -> Callable[[int], float]:
         """Return step -> multiplier; each stage has the schedule from its start to its end."""

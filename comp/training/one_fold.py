@@ -115,6 +115,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         metrics=[config.metric_of(task) for task in config.tasks],
         runtime=runtime,
         best_path=folder.best,
+        **config.evaluation.deciding,
+        seed=config.training.seed,
     )
     tracker = open_tracker(
         config.tracking,
@@ -147,7 +149,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         rdrop=rdrop,
         supcon=build_supcon(config, table, training),
     )
-    sizes = config.training.model_dump(include={"batch_size", "micro_batch_size"})
+    sizes = config.training.model_dump(include={"batch_size", "micro_batch_size", "batch_tokens"})
     on_gpu = runtime.device.type == "cuda"
     parts = Parts(
         model=model,
@@ -185,6 +187,9 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
     )
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
+    padding = {"training": stages.padding(plan.encoded), "evaluation": held.padding()}
+    shares = [f"{share:.1%} of tokens in {name}" for name, share in padding.items() if share is not None]
+    plan.say(f"fold {fold}: padding {', '.join(shares)}")
     try:
         state = TrainState() if saved is None else saver.restore(saved)
         if saved is not None:
@@ -200,7 +205,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
                 plan.say(f"fold {fold}: the best weights are those of step {state.best_step}, from before the stop")
             held.write(folder.oof, int(fold))
             held.write_history(folder.evaluations)
-        summary = _summary(state, averaged, saver.seconds)
+        summary = _summary(state, averaged, saver.seconds) | {"padding": padding, "rows_scored": held.scored_share}
         tracker.summary(summary)
     finally:
         progress.close()

@@ -23,10 +23,23 @@ from comp.runs import RunFolder, read_json, write_atomic
 from comp.training.optimism import flattery
 from comp.training.predict import Predictions
 
-__all__ = ["COLUMN", "Scores", "gather", "keep_best_flattery", "output_names", "read_rows", "score", "write"]
+__all__ = [
+    "COLUMN",
+    "FLATTERY_UNKNOWN",
+    "Scores",
+    "gather",
+    "keep_best_flattery",
+    "output_names",
+    "read_rows",
+    "score",
+    "write",
+]
 
 COLUMN = {"best": "pred", "last": "last", "averaged": "averaged"}
 """Which weights -> how their columns start."""
+FLATTERY_UNKNOWN = (
+    "how much choosing the best evaluation flatters `best` is not known: some stopped early (evaluation.decide '{}')"
+)
 
 
 def output_names(task: Task, classes: Mapping[str, Sequence[str]]) -> list[str]:
@@ -194,7 +207,7 @@ class Scores:
 def keep_best_flattery(folder: RunFolder, folds: Sequence[int], task: Task, metric: str) -> tuple[float, int] | None:
     """Return by how much keep-best flatters the first task's score, mean over folds, and the most evaluations of one.
 
-    None where the evaluations are not there, or their metric is not defined on half a fold.
+    None where the evaluations are not there, or stopped early, or their metric is not defined on half a fold.
     """
     found, most = [], 0
     for fold in folds:
@@ -205,6 +218,8 @@ def keep_best_flattery(folder: RunFolder, folds: Sequence[int], task: Task, metr
         targets = rows[[f"target_{task.name}_{column}" for column in task.targets]].to_numpy(np.float64)
         outputs = sum(name.startswith("eval0_") for name in history.columns)
         values = history.to_numpy(np.float64)
+        if np.isnan(values).any():  # the rows that are left would tell of fewer choices, and less flattery
+            return None
         steps = [values[:, start : start + outputs] for start in range(0, values.shape[1], outputs)]
         found.append(flattery(targets, steps, metric, task.kind))
         most = max(most, len(steps))

@@ -20,9 +20,12 @@ __all__ = ["check_metric", "check_rows", "check_space", "check_steps"]
 Rows = NDArray[np.int64]
 
 
-def check_steps(config: Config, fold: int | str, lesson: Lesson) -> None:
-    """Raise ValueError for a fold whose steps are too few for the schedule's warm-up or for Lookahead."""
-    stages = Stages(lesson, config, lengths=np.zeros(0, np.int64))
+def check_steps(config: Config, fold: int | str, lesson: Lesson, lengths: Rows) -> None:
+    """Raise ValueError for a fold whose steps are too few for the schedule's warm-up or for Lookahead.
+
+    `lengths`: tokens of each row of the lesson's table.
+    """
+    stages = Stages(lesson, config, lengths)
     stages.schedule()
     lookahead = getattr(config.optimizer, "lookahead", None)
     if config.optimizer.name == "radam_lookahead":
@@ -67,7 +70,8 @@ def space_of(
     averaged = averaging.name != "none"
     kept = folds * (2 + averaged) + full * (1 + averaged)
     average = {"none": 0, "swa": 1, "ema": 1}.get(averaging.name, getattr(averaging, "size", 0))
-    states = 0 if every.unit == "never" else 2 * (FIRST_SIZE + average)
+    racing = config.evaluation.decide == "race"  # the best weights lie in the state while they are not wholly scored
+    states = 0 if every.unit == "never" else 2 * (FIRST_SIZE + average + racing)
     outputs = sum(len(task.targets) for task in config.tasks)
     return {
         "weights": kept * weight_bytes,

@@ -22,6 +22,7 @@ from comp.data.batches import Batch
 from comp.progress import NullProgress
 from comp.runtime import random_state, release_memory, set_random_state
 from comp.tracking import Tracker
+from comp.training.early import Evaluation
 from comp.training.memory import Exhausted, cut, halved, running_out
 
 __all__ = ["NonFiniteError", "Parts", "Stopped", "TrainState", "fit"]
@@ -121,8 +122,8 @@ class Parts:
     averager: Averager
     loss: Callable[[Outputs, Batch, dict[str, float]], torch.Tensor]
     """Outputs, micro-batch, items of the window -> this micro-batch's share of the window's mean loss."""
-    evaluate: Callable[[], float]
-    """Score the held-out rows; NaN when the predictions are not finite."""
+    evaluate: Callable[[float | None, bool], Evaluation]
+    """Score the held-out rows against the best score so far: all of them when told so (True), or as many as decide."""
     others: Callable[[], dict[str, float]]
     """More scores of the same predictions, to be logged only."""
     keep_best: Callable[[int], None]
@@ -164,7 +165,8 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
     parts.optimizer.zero_grad(set_to_none=True)
     largest = parts.largest
     while state.epoch < parts.epochs and not state.stopped_early:
-        for window in parts.windows(state.epoch)[state.window :]:
+        windows = parts.windows(state.epoch)
+        for window in windows[state.window :]:
             lr = _set_rates(parts, state.step)
             loss = _gradient(parts, state, window)
             norm = _clip(parts)
@@ -181,7 +183,8 @@ def fit(parts: Parts, state: TrainState) -> TrainState:
             evaluated = parts.cadence.due(state.step, state.last_eval_step, state.last_score)
             if evaluated:
                 pulse.read()
-                _evaluate(parts, state, pulse)
+                ends = state.epoch + 1 == parts.epochs and state.window == len(windows)
+                _evaluate(parts, state, pulse, ends)
                 state.stopped_early = parts.patience is not None and state.evaluations_since_best >= parts.patience
             _save(parts, state, pulse, evaluated)
             if state.stopped_early:
@@ -279,10 +282,11 @@ def _clip(parts: Parts) -> torch.Tensor:
     return nn.utils.clip_grad_norm_(trainable, limit)
 
 
-def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
+def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse, ends: bool) -> None:
+    """Score the weights and keep them if they are best; `ends`: after the last step of all."""
     started = time.perf_counter()
     with parts.showing():
-        _score(parts, state, pulse)
+        rows = _score(parts, state, pulse, ends)
     seconds = time.perf_counter() - started
     state.eval_seconds += seconds
     pulse.pause(seconds)
@@ -290,21 +294,25 @@ def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
     scores = {"valid/score": state.last_score, "valid/best": state.best_score, **parts.others()}
     parts.tracker.log(scores, state.step)
     mark = " *" if state.best_step == state.step else ""
-    parts.progress.say(f"  step {state.step:>6}  score {state.last_score:.5f}  best {state.best_score:.5f}{mark}")
+    part = "" if rows == 1 else f"  (estimated from {rows:.0%} of the rows)"
+    parts.progress.say(f"  step {state.step:>6}  score {state.last_score:.5f}  best {state.best_score:.5f}{mark}{part}")
 
 
-def _score(parts: Parts, state: TrainState, pulse: _Pulse) -> None:
-    score = parts.evaluate()
-    if not math.isfinite(score):
+def _score(parts: Parts, state: TrainState, pulse: _Pulse, ends: bool) -> float:
+    """Return the share of the rows that was scored: all where training may end here, since the last score is shown."""
+    out_of_patience = parts.patience is not None and state.evaluations_since_best + 1 >= parts.patience
+    found = parts.evaluate(state.best_score, ends or out_of_patience)
+    if not math.isfinite(found.score):
         raise NonFiniteError(_advice(state.step, "the held-out predictions are not finite", pulse.lr))
     state.num_evaluations += 1
-    state.last_score, state.last_eval_step = score, state.step
-    parts.averager.evaluated(state.step, score)
-    if parts.is_better(score, state.best_score):
-        state.best_score, state.best_step, state.evaluations_since_best = score, state.step, 0
+    state.last_score, state.last_eval_step, state.best_score = found.score, state.step, found.best
+    parts.averager.evaluated(state.step, found.score)
+    if parts.is_better(found.score, state.best_score):
+        state.best_score, state.best_step, state.evaluations_since_best = found.score, state.step, 0
         parts.keep_best(state.step)
     else:
         state.evaluations_since_best += 1
+    return found.rows
 
 
 class _Pulse:
