@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from comp.cli_pretrain import pretrain_app
 from comp.cli_ship import ship_app
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at config files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(pretrain_app)
 app.add_typer(ship_app)  # without a name: its commands stand beside these
 
 ConfigOption = Annotated[str, typer.Option("--config", help="Config file; a bare name is also looked up in configs/.")]
@@ -214,6 +216,7 @@ def lint_(
     from comp.blend.members import read_member
     from comp.data.folds import get_or_make_folds
     from comp.data.leaks import Evidence, leak_table, lint
+    from comp.data.lineage import read_lineage
     from comp.data.tables import read_competition
 
     loaded = config_file.load(config, overrides or [])
@@ -224,7 +227,8 @@ def lint_(
     print(f"{len(table):,} training rows, {tested:,} test rows, folds: {path if folding else 'none yet (comp folds)'}")
     fold = None if folding is None else folding.fold
     runs = tuple(read_member(path).out_of_fold() for path in run or [])
-    print(leak_table(lint(Evidence(table, test, fold, loaded.folds.group, runs))))
+    lineage = read_lineage(loaded.model.backbone)
+    print(leak_table(lint(Evidence(table, test, fold, loaded.folds.group, runs, lineage))))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from comp.catalog import nearest
 from comp.config_optimizers import AdamW, Optimizer
 from comp.config_poolers import DensePooler, MeanPooler, Pooler
+from comp.config_pretrain import Pretrain
 from comp.config_pseudo import Pseudo
 from comp.config_section import Section
 from comp.config_stability import Stability
@@ -283,6 +284,8 @@ class Config(Section):
     training: Training = Training()
     pseudo: Pseudo | None = None
     """Pseudo-labelled rows of `comp pseudo`; null = off."""
+    pretrain: Pretrain | None = None
+    """What `comp pretrain` does, which training does not look at; null = its defaults."""
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
 

@@ -4,6 +4,7 @@ runs/NAME/  config.yaml  manifest.json  backbone/ (config + tokenizer, no weight
             foldK/{best.safetensors, last.safetensors, metrics.jsonl, oof.parquet, evaluations.parquet,
             done.json}; state.pt until then
             oof.parquet  scores.json
+`comp pretrain`: config.yaml  manifest.json  backbone/ (weights too)  done.json  stageN/{metrics.jsonl, done.json}
 """
 
 from __future__ import annotations
@@ -230,6 +231,20 @@ class RunFolder:
         """Return the folder of fold 0, 1, ... or "full"."""
         return FoldFolder(self.path / f"fold{fold}" if fold != "full" else self.path / "full")
 
+    @property
+    def pretraining(self) -> FoldFolder:
+        """The paths of `comp pretrain`, whose result is `backbone`: they stand in the run folder itself."""
+        return FoldFolder(self.path)
+
+    def stage(self, number: int) -> FoldFolder:
+        """Return the folder of stage 1, 2, ... of `comp pretrain`."""
+        return FoldFolder(self.path / f"stage{number}")
+
+    def begun_stages(self) -> list[str]:
+        """Return the folders of stages of `comp pretrain` that are finished or can go on from a saved state."""
+        stages = [FoldFolder(path) for path in sorted(self.path.glob("stage*"))]
+        return [stage.path.name for stage in stages if stage.begun or stage.done.exists()]
+
     def finished_folds(self) -> list[int | str]:
         """Return the folds that have run to their end, numbers first, then "full"."""
         numbers = sorted(
@@ -281,7 +296,7 @@ class FoldFolder:
 
 def newest_finished(root: Path = RUNS) -> Path:
     """Return the run under `root` that finished a fold last. Raises ValueError when there is none."""
-    done = [file for file in root.glob("*/*/done.json") if not file.parent.parent.name.endswith("-debug")]
+    done = [file for file in root.glob("*/f*/done.json") if not file.parent.parent.name.endswith("-debug")]
     if not done:
         raise ValueError(f"no finished run under {root}/; train one with `comp train`, or name one with --run")
     return max(done, key=lambda file: file.stat().st_mtime).parent.parent
@@ -304,16 +319,17 @@ def claim(
     `restart`: folds to forget; when config, data or folds have changed, a restart forgets the whole run. Raises
     ValueError when finished or begun folds came from something else. `tracking` may change freely.
     """
-    plain = config.model_copy(update={"tracking": Tracking()})
+    aside: dict[str, Any] = {"tracking": Tracking()}
+    plain = config.model_copy(update=aside if "pretrain" in marks else {**aside, "pretrain": None})
     marks = {"config": digest([config_file.dump(plain)]), **marks}
     before: dict[str, Any] = read_json(folder.manifest) if folder.manifest.exists() else {}
     known: dict[str, str] = before.get("fingerprints", {})
     changed = [part for part, mark in marks.items() if known.get(part, mark) != mark]
-    if known and ("classical" in known) != ("classical" in marks):
+    if known and any((kind in known) != (kind in marks) for kind in ("classical", "pretrain")):
         changed.append("kind of model")
     if changed and restart:
         shutil.rmtree(folder.path)
-    elif changed and (folder.finished_folds() or folder.begun_folds()):
+    elif changed and (folder.finished_folds() or folder.begun_folds() or folder.begun_stages()):
         detail = _difference(folder.config, config) if "config" in changed else ""
         raise ValueError(
             f"{folder.path} was made from another {' and another '.join(changed)}{detail}; name a new run with --run, "

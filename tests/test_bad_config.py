@@ -53,6 +53,10 @@ SECTIONS: dict[str, list[str]] = {
     "stability.supcon": [],
     "training": [],
     "evaluation": [],
+    "pretrain": ["pretrain={}"],
+    "pretrain.objective": ["pretrain={objective: {name: simcse}}"],
+    "pretrain.schedule": ["pretrain={schedule: {name: cosine}}"],
+    "pretrain.corpora.0": ["pretrain={corpora: [{tables: [train]}]}"],
     "tracking": [],
 }
 

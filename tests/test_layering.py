@@ -32,6 +32,7 @@ LAYERS = {
     "config_variants.py": 0,
     "config_pseudo.py": 0,
     "config_training.py": 0,
+    "config_pretrain.py": 0,
     "config_file.py": 0,
     "runs.py": 0,
     "lock.py": 0,
@@ -45,9 +46,12 @@ LAYERS = {
     "data/tables.py": 1,
     "data/splitters.py": 1,
     "data/folds.py": 1,
+    "data/lineage.py": 1,
     "data/leaks.py": 1,
     "data/tokens.py": 1,
     "data/batches.py": 1,
+    "data/masking.py": 1,
+    "data/corpora.py": 1,
     "data/pseudo.py": 1,
     "data/first_config.py": 1,
     "model/__init__.py": 1,
@@ -59,6 +63,7 @@ LAYERS = {
     "model/losses.py": 1,
     "model/heads.py": 1,
     "model/text_model.py": 2,
+    "model/pretraining.py": 2,
     "optim/schedules.py": 1,
     "optim/bertadam.py": 1,
     "optim/lookahead.py": 1,
@@ -86,12 +91,17 @@ LAYERS = {
     "training/memory.py": 3,
     "training/early.py": 3,
     "training/optimism.py": 3,
+    "training/mlm.py": 3,
+    "training/simcse.py": 3,
     "training/oof.py": 3,
     "training/assembly.py": 3,
     "training/one_fold.py": 4,
     "training/crossval.py": 4,
     "training/determinism.py": 4,
     "training/seeds.py": 4,
+    "training/pretrain_stages.py": 4,
+    "training/pretrain.py": 4,
+    "training/lr_find.py": 4,
     "blend/__init__.py": 5,
     "blend/ensemble.py": 5,
     "blend/calibration.py": 5,
@@ -132,6 +142,7 @@ LAYERS = {
     "ship/explain_page.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
+    "cli_pretrain.py": 7,
     "cli_ship.py": 7,
     "cli.py": 7,
 }
@@ -165,7 +176,7 @@ ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp", "k
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}}
+AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}, "cli_pretrain.py": {"typer"}}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 

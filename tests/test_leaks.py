@@ -18,6 +18,7 @@ from comp.blend.classical import run_classical
 from comp.cli import app
 from comp.config import Competition, Task
 from comp.data.leaks import LEAKS, NEAR, WORDS, Evidence, Leak, OutOfFold, alike, better_than_can_be, leak_table, lint
+from comp.data.lineage import Lineage, text_marks
 from comp.data.tables import Table, read_test, read_train, table_of
 from comp.training import crossval
 
@@ -43,6 +44,10 @@ CLEAN = ["one text", "two texts here", LONG, "four and another text that is long
 FOLD = np.array([0, 1, 0, 1])
 
 
+def lineage(texts: Sequence[str], fold: int | None = None) -> Lineage:
+    return Lineage("runs/p/backbone", {"fold": fold}, np.sort(text_marks((list(texts),))))
+
+
 def planted(rule: str) -> Evidence:
     if rule == "copies":
         return Evidence(table([*CLEAN[:3], " ONE  text"]), fold=FOLD)
@@ -60,6 +65,10 @@ def planted(rule: str) -> Evidence:
         truth = np.arange(4.0)[:, None]
         runs = OutOfFold("good", "regression", truth, truth[::-1]), OutOfFold("leaky", "regression", truth, 2 * truth)
         return Evidence(table(CLEAN), fold=FOLD, runs=runs)
+    if rule == "seen_test":
+        return Evidence(table(CLEAN), table(["new", "newer"], test=True), FOLD, lineage=lineage(["Newer ", "x"]))
+    if rule == "seen_held_out":
+        return Evidence(table(CLEAN), fold=FOLD, lineage=lineage([CLEAN[1], "x"]))
     assert rule == "target_in_text"
     return Evidence(table([CLEAN, ["low", "high", "low", "high"]], target=["0", "1", "0", "1"]), fold=FOLD)
 
@@ -71,7 +80,9 @@ COUNTS = {"copies": 2, "near_copies": 2, "target_in_text": 4}
 def test_a_planted_leak_is_found_by_its_rule_alone(rule: str, tmp_path: Path) -> None:
     (leak,) = lint(planted(rule), cache=tmp_path)
     assert (leak.rule, leak.count) == (rule, COUNTS.get(rule, 1))
-    assert str(leak).startswith("leak: ") and leak.fix in str(leak)
+    kind = "note: " if rule.startswith("seen_") else "leak: "
+    assert str(leak).startswith(kind) and leak.fix in str(leak)
+    assert leak.line == (str(leak) if leak.note else f"warning: {leak}")
     assert lint(planted(rule), cache=tmp_path) == [leak], "the same from the cache"
     assert leak.what in leak_table([leak]) and f"-> {leak.fix}" in leak_table([leak])
 
@@ -90,6 +101,20 @@ def test_words_of_the_findings() -> None:
     there = lint(planted("test_copies"), cache=None)[0]
     assert "1 test rows have the text of a training row (test 't1' = train 'r1')" in there.what
     assert "1 ids are in both train and test (e.g. 'r2')" in lint(planted("same_ids"), cache=None)[0].what
+
+
+def test_folds_whose_held_out_texts_the_backbone_has_read() -> None:
+    def found(texts: Sequence[str], fold: int | None = None) -> list[Leak]:
+        return lint(Evidence(table(CLEAN), fold=FOLD, lineage=lineage(texts, fold)), cache=None)
+
+    (every,) = found(CLEAN)
+    assert (every.count, every.note) == (4, True) and "but for" not in every.what
+    (one,) = found([CLEAN[1], CLEAN[3]], fold=0)
+    assert one.count == 2 and "but for those of fold 0" in one.what
+    # made for fold 0; a copy of one of its rows among the others does not count against it
+    (copied,) = found([CLEAN[0], CLEAN[1], CLEAN[3]], fold=0)
+    assert copied.count == 2 and "but for those of fold 0" in copied.what
+    assert found(["none of them"]) == []
 
 
 def test_copies_in_one_fold_leak_nothing_and_unsplit_ones_may() -> None:

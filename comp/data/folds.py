@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Folding",
     "audit",
+    "get_folds",
     "get_or_make_folds",
     "make_folds",
     "read_folds",
@@ -181,6 +182,14 @@ def get_or_make_folds(path: Path | str, table: Table, tasks: Sequence[Task], fol
     if not Path(path).exists():
         write_folds(path, table, make_folds(table, tasks, folds), folds)
     return read_folds(path, table, folds)
+
+
+def get_folds(path: Path | str, table: Table, tasks: Sequence[Task], folds: Folds) -> Folding:
+    """Return the folds of `path`, or what they will be where there is no such file, which stays so."""
+    if Path(path).exists():
+        return read_folds(path, table, folds)
+    fold = make_folds(table, tasks, folds)
+    return Folding(fold, _fingerprint(table.ids, fold.tolist()), folds.num_folds, folds.splitter)
 
 
 # --- audit -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from comp.catalog import Row
 from comp.data.frames import Mask, cell_strings, listed
+from comp.data.lineage import Lineage, folded
 from comp.data.splitters import column_cells
 from comp.data.tables import Table
 from comp.metrics import evaluate_known
@@ -57,6 +58,8 @@ class Evidence:
     """Column whose values must not be in two folds."""
     runs: tuple[OutOfFold, ...] = ()
     """Runs on these rows and folds."""
+    lineage: Lineage | None = None
+    """What the backbone has read; None = nothing that is known of."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,23 @@ class Leak:
     """In words, with an example."""
     fix: str
     """What to do about it."""
+    note: bool = False
+    """Allowed, but to be said."""
 
     def __str__(self) -> str:
-        return f"leak: {self.what}; {self.fix}"
+        return f"{'note' if self.note else 'leak'}: {self.what}; {self.fix}"
+
+    @property
+    def line(self) -> str:
+        """The finding as a line for the user."""
+        return str(self) if self.note else f"warning: {self}"
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 
 def _folded(table: Table) -> Texts:
-    """Return each row's texts as one string, white space and case folded away."""
-    rows = zip(*table.texts, strict=True)
-    return ["\x00".join(" ".join(text.split()).casefold() for text in row) for row in rows]
+    return folded(table.texts)
 
 
 def _apart(evidence: Evidence, rows: list[int]) -> bool:
@@ -245,6 +253,49 @@ def target_in_text(evidence: Evidence) -> Leak | None:
     return None
 
 
+# --- the backbone ----------------------------------------------------------------------------------------------------
+
+
+def seen_test(evidence: Evidence) -> Leak | None:
+    """Test rows whose texts the backbone was pre-trained on."""
+    lineage, test = evidence.lineage, evidence.test
+    count = 0 if lineage is None or test is None else int(lineage.has_read(test).sum())
+    if not count or lineage is None or test is None:
+        return None
+    return Leak(
+        "seen_test",
+        count,
+        f"the backbone {lineage.folder} has read {count:,} of the {len(test):,} test texts, without targets",
+        "most competitions allow it: look at the rules, and say so beside the score",
+        note=True,
+    )
+
+
+def seen_held_out(evidence: Evidence) -> Leak | None:
+    """Held-out rows whose texts the backbone was pre-trained on, by fold."""
+    lineage = evidence.lineage
+    if lineage is None:
+        return None
+    read = lineage.has_read(evidence.train)
+    fold = np.zeros(len(read), np.int64) if evidence.fold is None else evidence.fold
+    held_out = read & (fold >= 0)
+    if not held_out.any():
+        return None
+    clean = [k for k in np.unique(fold[fold >= 0]).tolist() if lineage.fold == k or not held_out[fold == k].any()]
+    count = int((held_out & ~np.isin(fold, clean)).sum())
+    if not count:
+        return None
+    but = f", but for those of fold {', '.join(map(str, clean))}" if clean and evidence.fold is not None else ""
+    return Leak(
+        "seen_held_out",
+        count,
+        f"the backbone {lineage.folder} has read the texts of {count:,} training rows, without targets{but}: scores on "
+        "them may flatter a little",
+        "`comp pretrain --fold k` makes one for fold k that has not read its held-out rows",
+        note=True,
+    )
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +330,8 @@ LEAKS: dict[str, Row] = {
     "same_ids": Row(same_ids, "an id in train and in test", "common practice"),
     "split_groups": Row(split_groups, "a group in two folds", "common practice"),
     "target_in_text": Row(target_in_text, "a text column that tells the target", "common practice"),
+    "seen_test": Row(seen_test, "a backbone that has read test texts (a note)", "common practice"),
+    "seen_held_out": Row(seen_held_out, "a backbone that has read held-out texts (a note)", "common practice"),
     "too_good": Row(too_good, "out-of-fold rows better than they can be", "common practice"),
 }
 
@@ -289,6 +342,8 @@ def lint(evidence: Evidence, *, cache: Path | None = CACHE) -> list[Leak]:
     marks: list[str | bytes] = [train.fingerprint(), "" if test is None else test.fingerprint(), evidence.group or ""]
     marks += ["" if fold is None else digest([fold.tobytes()]), *LEAKS]
     marks += [part for run in evidence.runs for part in (run.run, run.targets.tobytes(), run.preds.tobytes())]
+    if evidence.lineage is not None:
+        marks += [evidence.lineage.folder, json.dumps(evidence.lineage.about), evidence.lineage.seen.tobytes()]
     path = None if cache is None else cache / f"{digest(marks)}.json"
     if path is not None and path.exists():
         known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,11 @@ __all__ = [
     "check_tokenizer",
     "load_backbone",
     "load_tokenizer",
+    "load_weights_of",
+    "quiet_transformers",
+    "read_config",
     "rebuild_backbone",
+    "recompute_activations",
     "resolve_source",
     "save_recipe",
     "vocabulary_digest",
@@ -148,14 +152,7 @@ class Backbone(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """Recompute activations in the backward pass instead of keeping them. ValueError where the model cannot."""
-        if not self.model.supports_gradient_checkpointing:
-            raise ValueError(
-                f"{self.config.model_type} cannot recompute activations; set gradient_checkpointing to false"
-            )
-        # transformers 5 renamed it; the old name is all that 5.0 has.
-        new = getattr(self.model, "activation_checkpointing_enable", None)
-        enable: Any = new or self.model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute_activations(self.model)
 
     def take_pooler(self) -> nn.Module:
         """Detach and return the checkpoint's own pooler, so that it belongs to one module only."""
@@ -164,6 +161,16 @@ class Backbone(nn.Module):
             raise ValueError(_no_pooler(self.config.model_type))
         self.model.pooler = None
         return pooler
+
+
+def recompute_activations(model: Any) -> None:
+    """Make a PreTrainedModel recompute activations in the backward pass. ValueError where it cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(f"{model.config.model_type} cannot recompute activations; set gradient_checkpointing to false")
+    # transformers 5 renamed it; the old name is all that 5.0 has.
+    new = getattr(model, "activation_checkpointing_enable", None)
+    enable: Any = new or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _no_pooler(model_type: str) -> str:
@@ -236,8 +243,8 @@ def _has_weights(folder: Path) -> bool:
 
 
 @contextmanager
-def _quiet_hub(source: str, what: str = "config or weights") -> Any:
-    """Silence transformers' load report and turn its many ways to say "not there" into one."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' load report and progress bars."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -245,6 +252,18 @@ def _quiet_hub(source: str, what: str = "config or weights") -> Any:
     logging.disable_progress_bar()
     try:
         yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_hub(source: str, what: str = "config or weights") -> Iterator[None]:
+    """Silence transformers, and turn its many ways to say "not there" into one."""
+    try:
+        with quiet_transformers():
+            yield
     except torch.OutOfMemoryError:
         raise
     except Exception as fault:  # whatever a damaged file brings the libraries to
@@ -266,10 +285,6 @@ def _quiet_hub(source: str, what: str = "config or weights") -> Any:
             reason = f"its {what} cannot be read ({type(fault).__name__}: {reason})."
             advice = "Copy or download it anew."
         raise ValueError(f"model.backbone '{source}' could not be loaded: {reason} {advice}") from fault
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _local_only(folder: str) -> bool:
@@ -343,34 +358,12 @@ def load_backbone(
     """
     from transformers import AutoModel
 
-    folder = resolve_source(source)
-    if not allow_pickle and not any(Path(folder).glob("*.safetensors")) and _has_weights(Path(folder)):
-        raise ValueError(_PICKLED.format(source=source))
-    wrong: list[str] = []
-
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
-        model, report = AutoModel.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            use_safetensors=None if allow_pickle else True,
-            weights_only=True,
-            trust_remote_code=False,
-            local_files_only=_local_only(folder),
-            **options,
-        )
-        wrong.extend(sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]))
-        return model, set(report["missing_keys"])
+        model, report = load_weights_of(AutoModel, source, config, allow_pickle=allow_pickle, **options)
+        return model, report["missing_keys"]
 
     with _quiet_hub(source):
-        backbone, missing = _build(_read_config(folder, dropout), build, tokenizer, with_pooler, part)
-    if wrong:
-        raise ValueError(
-            f"model.backbone '{source}': {len(wrong)} weights do not fit its config.json, for example {wrong[0]}; the "
-            "two are of different models"
-        )
+        backbone, missing = _build(_read_config(resolve_source(source), dropout), build, tokenizer, with_pooler, part)
     pooler = sorted(name for name in missing if name.split(".")[0] == "pooler")
     if pooler:
         raise ValueError(
@@ -383,6 +376,45 @@ def load_backbone(
             f"for example {sorted(missing)[0]}; the checkpoint does not fit its config.json"
         )
     return backbone
+
+
+def read_config(source: str, dropout: float | None = None) -> Any:
+    """Return the transformers config of a backbone; `dropout` replaces every dropout in it, None keeps them."""
+    with _quiet_hub(source, "config"):
+        return _read_config(resolve_source(source), dropout)
+
+
+def load_weights_of(
+    auto: Any, source: str, config: Any, *, allow_pickle: bool, **options: Any
+) -> tuple[Any, dict[str, set[str]]]:
+    """Load a checkpoint into a model of transformers' class `auto` (AutoModel, ...) as float32.
+
+    Returns the model and what its weights lack and have too much: "missing_keys", "unexpected_keys". Raises ValueError
+    when they cannot be read, are a pickle without `allow_pickle`, or are of other shapes than the config says.
+    """
+    folder = resolve_source(source)
+    if not allow_pickle and not any(Path(folder).glob("*.safetensors")) and _has_weights(Path(folder)):
+        raise ValueError(_PICKLED.format(source=source))
+    with _quiet_hub(source):
+        model, report = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
+            trust_remote_code=False,
+            local_files_only=_local_only(folder),
+            **options,
+        )
+    wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"model.backbone '{source}': {len(wrong)} weights do not fit its config.json, for example {wrong[0]}; the "
+            "two are of different models"
+        )
+    return model, {key: set(report[key]) for key in ("missing_keys", "unexpected_keys")}
 
 
 def rebuild_backbone(

@@ -402,6 +402,32 @@ def times(figure: Figure, *, folds: Sequence[str], parts: Mapping[str, Sequence[
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
+def range_test(figure: Figure, *, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Training loss over a growing learning rate, a line for each optimizer.
+
+    A line has name, lrs, losses, smoothed, and suggestion (lr, or None). The rise after the minimum is cut off.
+    """
+    figure.set_size_inches(7.5, 4.2)
+    axes = figure.subplots()
+    for place, line in enumerate(lines):
+        look = _line(place)
+        axes.plot(line["lrs"], line["losses"], alpha=0.25, linewidth=0.8, color=look["color"])
+        axes.plot(line["lrs"], line["smoothed"], label=line["name"], **look)
+        if line["suggestion"] is not None:
+            height = np.interp(np.log(line["suggestion"]), np.log(line["lrs"]), line["smoothed"])
+            axes.plot(line["suggestion"], height, "o", color=look["color"], markersize=7)
+            axes.annotate(f" {line['suggestion']:.1e}", (line["suggestion"], height), color=look["color"], va="bottom")
+    shown = np.concatenate([line["smoothed"][: int(np.argmin(line["smoothed"])) + 1] for line in lines])
+    low, high = float(shown.min()), float(shown.max())
+    room = 0.2 * (high - low or 1.0)
+    axes.set_ylim(low - room, high + room)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda rate, place: f"{rate:.0e}")
+    axes.set_xlabel("learning rate (that of the backbone; the others keep their ratio to it)")
+    axes.set_title("training loss, smoothed; a dot is the suggestion")
+    axes.legend()
+
+
 PICTURES: dict[str, Callable[..., None]] = {
     "curves": curves,
     "auxiliary": auxiliary,
@@ -414,4 +440,5 @@ PICTURES: dict[str, Callable[..., None]] = {
     "spreads": spreads,
     "shares": shares,
     "times": times,
+    "range_test": range_test,
 }

@@ -9,6 +9,7 @@ from typing import Any
 from comp.config import Config
 from comp.data.folds import Folding, get_or_make_folds
 from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
+from comp.data.lineage import check_lineage, read_lineage
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import encode
 from comp.lock import hold
@@ -80,6 +81,7 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
             check_space(config, coming, bytes_of(model), len(table), every)
 
     table, folding = open_tables(config, wanted, say, check=fits)
+    check_lineage(config.model.backbone, folding, wanted, table)
     release_memory()
     rows = {fold: rows_of(fold, config, table, folding) for fold in wanted}
     for fold, own in rows.items():
@@ -127,8 +129,9 @@ def open_tables(
     if wanted != ["full"]:
         check_metric(config, table, slice(None), config.competition.train)
         folding = get_or_make_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
-    for leak in lint(Evidence(table, test, None if folding is None else folding.fold, config.folds.group)):
-        say(f"warning: {leak}")
+    fold, lineage = None if folding is None else folding.fold, read_lineage(config.model.backbone)
+    for leak in lint(Evidence(table, test, fold, config.folds.group, lineage=lineage)):
+        say(leak.line)
     return table, folding
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from comp import config_file
 from comp.config import Config
-from comp.data.folds import make_folds, read_folds, train_rows
+from comp.data.folds import get_folds, train_rows
 from comp.data.tables import read_competition
 from comp.runs import RunFolder
 from comp.training.crossval import FOLDS, parse_folds
@@ -87,10 +87,8 @@ def _first(config: Config, folds: str) -> tuple[int | str, int]:
     table, _ = read_competition(config.competition, config.tasks)
     if isinstance(fold, str):
         return fold, len(table)
-    path = FOLDS / f"{config.fold_name}.csv"
-    there = path.exists()
-    split = read_folds(path, table, config.folds).fold if there else make_folds(table, config.tasks, config.folds)
-    return fold, len(train_rows(split, fold, config.folds.splitter))
+    folding = get_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
+    return fold, len(train_rows(folding.fold, fold, folding.splitter))
 
 
 def _furnish(place: Path, config: Config) -> None:

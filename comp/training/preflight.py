@@ -15,7 +15,7 @@ from comp.runs import FoldFolder
 from comp.training.lessons import Lesson, Stages
 from comp.training.resume import FIRST_SIZE, SaveEvery
 
-__all__ = ["check_metric", "check_rows", "check_space", "check_steps"]
+__all__ = ["check_metric", "check_room", "check_rows", "check_space", "check_steps"]
 
 Rows = NDArray[np.int64]
 
@@ -85,7 +85,11 @@ def check_space(
 ) -> None:
     """Raise ValueError when the disk has less room than the folds that are to be trained will take."""
     full = any(folder.path.name == "full" for folder in folders)
-    needed = space_of(config, len(folders) - full, full, weight_bytes, num_rows, every)
+    check_room(space_of(config, len(folders) - full, full, weight_bytes, num_rows, every), folders)
+
+
+def check_room(needed: dict[str, int], folders: Sequence[FoldFolder]) -> None:
+    """Raise ValueError when the disk has less room than what is `needed` (name -> bytes) in some folders."""
     there = sum(file.stat().st_size for folder in folders for file in folder.path.glob("*") if file.is_file())
     place = next(above for above in (folders[0].path, *folders[0].path.absolute().parents) if above.exists())
     free, total = shutil.disk_usage(place).free, sum(needed.values())
