@@ -33,6 +33,9 @@ LAYERS = {
     "config_pseudo.py": 0,
     "config_training.py": 0,
     "config_file.py": 0,
+    "search_space.py": 0,
+    "pipeline_file.py": 0,
+    "pipeline.py": 0,
     "runs.py": 0,
     "lock.py": 0,
     "runtime.py": 0,
@@ -91,6 +94,10 @@ LAYERS = {
     "training/crossval.py": 4,
     "training/determinism.py": 4,
     "training/seeds.py": 4,
+    "training/study.py": 4,
+    "training/search.py": 4,
+    "training/search_workers.py": 4,
+    "training/search_result.py": 4,
     "blend/__init__.py": 5,
     "blend/ensemble.py": 5,
     "blend/calibration.py": 5,
@@ -126,12 +133,14 @@ LAYERS = {
     "ship/report_errors.py": 6,
     "ship/report_panels.py": 6,
     "ship/report.py": 6,
+    "ship/report_search.py": 6,
     "ship/compare.py": 6,
     "ship/explain.py": 6,
     "ship/explain_page.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
     "cli_ship.py": 7,
+    "cli_search.py": 7,
     "cli.py": 7,
 }
 EMPTY = (
@@ -164,7 +173,7 @@ ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp", "k
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}}
+AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}, "cli_search.py": {"typer"}}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 
