@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt \
-	  -e '.[demo,track,optimizers,features,explain,kaggle,dev]'
+	  -e '.[demo,track,optimizers,features,hpo,explain,kaggle,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## write a small competition, train on it, score the submission (a few minutes)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from comp.cli_pretrain import pretrain_app
+from comp.cli_search import search_app
 from comp.cli_ship import ship_app
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ config_app = typer.Typer(help="Look at config files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(pretrain_app)
 app.add_typer(ship_app)  # without a name: its commands stand beside these
+app.add_typer(search_app)
 
 ConfigOption = Annotated[str, typer.Option("--config", help="Config file; a bare name is also looked up in configs/.")]
 SetOption = Annotated[

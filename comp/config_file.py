@@ -11,6 +11,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -22,6 +23,7 @@ from comp.config import Config
 
 __all__ = [
     "ConfigError",
+    "Source",
     "differences",
     "dump",
     "find",
@@ -291,29 +293,44 @@ def _read(file: Path, merged: _Merged, chain: tuple[Path, ...]) -> None:
     merged.merge(data, str(file))
 
 
+class Source:
+    """A config file that has been read, to be checked with one set of overrides after another."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the file and what it extends. Raises ConfigError where they cannot be read."""
+        self.file = find(path)
+        self._merged = _Merged()
+        _read(self.file, self._merged, ())
+
+    def config(self, overrides: Iterable[str] = ()) -> Config:
+        """Return the checked config; `overrides` are `key=value` texts, the last one wins.
+
+        Raises ConfigError with every fault, as `load` does.
+        """
+        merged = deepcopy(self._merged)
+        faults = []
+        for override in overrides:
+            try:
+                merged.assign(override)
+            except ValueError as fault:
+                faults.append(str(fault))
+        config = None
+        try:
+            config = Config.model_validate(merged.data)
+        except ValidationError as fault:
+            faults += [_said(error, merged) for error in fault.errors()]
+        if faults or config is None:
+            raise ConfigError(str(self.file), list(dict.fromkeys(faults)))
+        return config
+
+
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read, merge and check a config file; `overrides` are `key=value` texts, the last one wins.
 
     Raises ConfigError (a ValueError) with every fault: its dotted key, the file it stands in, what was got, what is
     allowed and the nearest valid name.
     """
-    file = find(path)
-    merged = _Merged()
-    _read(file, merged, ())
-    faults = []
-    for override in overrides:
-        try:
-            merged.assign(override)
-        except ValueError as fault:
-            faults.append(str(fault))
-    config = None
-    try:
-        config = Config.model_validate(merged.data)
-    except ValidationError as fault:
-        faults += [_said(error, merged) for error in fault.errors()]
-    if faults or config is None:
-        raise ConfigError(str(file), list(dict.fromkeys(faults)))
-    return config
+    return Source(path).config(overrides)
 
 
 def load_base(config: Config) -> tuple[Config, str]:

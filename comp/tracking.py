@@ -25,6 +25,7 @@ __all__ = [
     "Tracker",
     "Trackers",
     "WandbTracker",
+    "Watched",
     "open_tracker",
     "wandb_mode",
     "without_secrets",
@@ -175,6 +176,31 @@ class Trackers:
 
     def finish(self) -> None:
         self._each("finish", lambda tracker: tracker.finish())
+
+
+class Watched:
+    """Passes everything on to a tracker, and every score of the held-out rows to `watch` as well.
+
+    `watch(share, score)`: the share of the steps that are done, in (0, 1], and the score of that evaluation. What it
+    raises is not caught, unlike a tracker's faults: so it can end the training.
+    """
+
+    def __init__(self, tracker: Tracker, watch: Callable[[float, float], None], num_steps: int) -> None:
+        self._tracker, self._watch, self._num_steps = tracker, watch, num_steps
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self._tracker.log(values, step)
+        if "valid/score" in values:
+            self._watch(step / self._num_steps, float(values["valid/score"]))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._tracker.summary(values)
+
+    def mark(self) -> dict[str, Any]:
+        return self._tracker.mark()
+
+    def finish(self) -> None:
+        self._tracker.finish()
 
 
 def _warn(message: str) -> None:

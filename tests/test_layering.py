@@ -34,6 +34,9 @@ LAYERS = {
     "config_training.py": 0,
     "config_pretrain.py": 0,
     "config_file.py": 0,
+    "search_space.py": 0,
+    "pipeline_file.py": 0,
+    "pipeline.py": 0,
     "runs.py": 0,
     "lock.py": 0,
     "runtime.py": 0,
@@ -102,6 +105,10 @@ LAYERS = {
     "training/pretrain_stages.py": 4,
     "training/pretrain.py": 4,
     "training/lr_find.py": 4,
+    "training/study.py": 4,
+    "training/search.py": 4,
+    "training/search_workers.py": 4,
+    "training/search_result.py": 4,
     "blend/__init__.py": 5,
     "blend/ensemble.py": 5,
     "blend/calibration.py": 5,
@@ -137,6 +144,7 @@ LAYERS = {
     "ship/report_errors.py": 6,
     "ship/report_panels.py": 6,
     "ship/report.py": 6,
+    "ship/report_search.py": 6,
     "ship/compare.py": 6,
     "ship/explain.py": 6,
     "ship/explain_page.py": 6,
@@ -144,6 +152,7 @@ LAYERS = {
     "__main__.py": 7,
     "cli_pretrain.py": 7,
     "cli_ship.py": 7,
+    "cli_search.py": 7,
     "cli.py": 7,
 }
 EMPTY = (
@@ -176,7 +185,7 @@ ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp", "k
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}, "cli_pretrain.py": {"typer"}}
+AT_THE_TOP = {name: {"typer"} for name in ("cli.py", "cli_ship.py", "cli_pretrain.py", "cli_search.py")}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 

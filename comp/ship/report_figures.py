@@ -428,6 +428,18 @@ def range_test(figure: Figure, *, lines: Sequence[Mapping[str, Any]]) -> None:
     axes.legend()
 
 
+def bars(figure: Figure, *, names: Sequence[str], values: Sequence[float], label: str, title: str) -> None:
+    """A number for each name, the first at the top."""
+    figure.set_size_inches(SMALL[0], max(1.7, 0.34 * len(names) + 0.9))
+    axes = figure.subplots()
+    axes.barh(range(len(names)), values, color=BLUE, height=0.62)
+    axes.set_yticks(range(len(names)), list(names))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(left=0)
+    axes.set(xlabel=label, title=title)
+
+
 PICTURES: dict[str, Callable[..., None]] = {
     "curves": curves,
     "auxiliary": auxiliary,
@@ -441,4 +453,5 @@ PICTURES: dict[str, Callable[..., None]] = {
     "shares": shares,
     "times": times,
     "range_test": range_test,
+    "bars": bars,
 }

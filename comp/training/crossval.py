@@ -14,13 +14,13 @@ from comp.data.tables import Table, read_competition
 from comp.data.tokens import encode
 from comp.lock import hold
 from comp.model.backbone import load_tokenizer, vocabulary_digest
-from comp.runs import RunFolder, claim, sweep, write_json
+from comp.runs import RUNS, RunFolder, claim, sweep, write_json
 from comp.runtime import Stopper, open_runtime, release_memory
 from comp.training import oof
 from comp.training.assembly import build_fold_groups, build_fold_model, build_fold_optimizer
 from comp.training.checkpoint import bytes_of
 from comp.training.lessons import open_pseudo
-from comp.training.one_fold import Fold, Plan, Say, rows_of, train_fold
+from comp.training.one_fold import Fold, Plan, Say, Watch, rows_of, train_fold, unwatched
 from comp.training.preflight import check_metric, check_rows, check_space, check_steps
 from comp.training.resume import parse_save_every
 from comp.training.trainer import Stopped
@@ -50,26 +50,29 @@ def run(
     restart: bool = False,
     save_every: str = "auto",
     say: Say = print,
+    root: Path = RUNS,
+    watch: Watch = unwatched,
 ) -> oof.Scores | None:
     """Train the folds of a run that are not finished yet, then gather and score all finished ones.
 
     `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`). `say`
-    takes lines for the user. Returns the scores of the first task, or None when no fold was validated. Raises
-    ValueError, before any training, for whatever does not fit, or when another process trains this run; Stopped after
-    SIGTERM or Ctrl-C, the state saved.
+    takes lines for the user. `root`: the folder that holds the run's. `watch` is told of every evaluation. Returns the
+    scores of the first task, or None when no fold was validated. Raises ValueError, before any training, for whatever
+    does not fit, or when another process trains this run; Stopped after SIGTERM or Ctrl-C, the state saved.
     """
-    with hold(Path("runs") / name):
-        return _run(config, name, folds, restart, save_every, say)
+    with hold(root / name):
+        return _run(config, RunFolder(root / name), folds, restart, save_every, say, watch)
 
 
-def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, say: Say) -> oof.Scores | None:
+def _run(
+    config: Config, folder: RunFolder, folds: str, restart: bool, save_every: str, say: Say, watch: Watch
+) -> oof.Scores | None:
     every = parse_save_every(save_every)
     wanted = parse_folds(folds, config.folds.num_folds)
     if wanted == ["full"] and config.stability.averaging.name == "soup":
         raise ValueError(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
-    folder = RunFolder(Path("runs") / name)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
@@ -95,7 +98,7 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
     about["tokenizer"] = vocabulary_digest(tokenizer)
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
-    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say)
+    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say, watch)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
     if encoded.num_windowed:
         say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")

@@ -26,7 +26,7 @@ from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, seed_everything
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
-from comp.tracking import open_tracker
+from comp.tracking import Watched, open_tracker
 from comp.training.assembly import (
     build_adversary,
     build_averager,
@@ -44,10 +44,16 @@ from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
-__all__ = ["Fold", "Plan", "Say", "rows_of", "train_fold"]
+__all__ = ["Fold", "Plan", "Say", "Watch", "rows_of", "train_fold", "unwatched"]
 
 Fold = int | str
 Say = Callable[[str], None]
+Watch = Callable[[Fold, float, float], None]
+"""Fold, share of its steps done, score of an evaluation; what it raises ends the training."""
+
+
+def unwatched(fold: Fold, share: float, score: float) -> None:
+    """Nobody watches the evaluations."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Plan:
     runtime: Runtime
     save_every: SaveEvery
     say: Say
+    watch: Watch
 
 
 def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
@@ -128,6 +135,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         config_dict=config.model_dump(mode="json"),
         mark=saved["tracker"] if saved else None,
     )
+    tracker = Watched(tracker, partial(plan.watch, fold), num_steps)
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
     scaler = runtime.grad_scaler()
     saver = Saver(
