@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +20,9 @@ from comp.metrics import is_better
 from comp.model.backbone import save_recipe
 from comp.optim.groups import group_table
 from comp.optim.lookahead import Lookahead
-from comp.progress import open_progress
+from comp.progress import OpenProgress, open_progress
 from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
-from comp.runtime import Runtime, Stopper, seed_everything
+from comp.runtime import Runtime, Stopper, open_runtime, seed_everything
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
 from comp.tracking import open_tracker
@@ -38,16 +37,16 @@ from comp.training.assembly import (
 )
 from comp.training.cadence import Never
 from comp.training.checkpoint import bytes_of, save_weights
+from comp.training.dispatch import Link, Say
 from comp.training.held_out import HeldOut
 from comp.training.lessons import NoPseudo, Stages
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
-__all__ = ["Fold", "Plan", "Say", "rows_of", "train_fold"]
+__all__ = ["Fold", "Plan", "rows_of", "train_fold", "train_job"]
 
 Fold = int | str
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,14 @@ class Plan:
     runtime: Runtime
     save_every: SaveEvery
     say: Say
+    open_progress: OpenProgress = open_progress
+
+
+def train_job(plan: Plan, fold: Fold, link: Link) -> None:
+    """Train one fold as a job of `map_jobs`, here or in another process."""
+    runtime = open_runtime(plan.config.training.precision)
+    plan = replace(plan, runtime=runtime, say=link.say, open_progress=link.open_progress)
+    train_fold(plan, fold, link.stopper)
 
 
 def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
@@ -137,7 +144,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
     )
-    progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
+    progress = plan.open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
         config.tasks,
