@@ -44,6 +44,10 @@ def train(
     ] = "auto",
     seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Folds and seeds side by side, in so many processes.")] = None,
+    on: Annotated[str | None, typer.Option(help="ray: on a Ray cluster (RAY_ADDRESS, or this machine).")] = None,
+    resources: Annotated[
+        str | None, typer.Option(help="Of a fold on Ray, like cpu=4,gpu=1; default: cpu=1, a GPU if there are any.")
+    ] = None,
     check_determinism: Annotated[
         bool, typer.Option("--check-determinism", help="Train 20 steps twice instead, and say whether the bits agree.")
     ] = False,
@@ -65,7 +69,7 @@ def train(
         name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
     check_name(name, "--run", "runs")
-    how = how_of(jobs)
+    how = how_of(jobs, on, resources)
     if check_determinism:
         from comp.training.determinism import check_determinism as check
 

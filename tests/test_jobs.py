@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -15,21 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TinyCompetition
+from conftest import TinyCompetition, leavings
 
 # A worker imports this file, to find the functions that it is sent: nothing heavy stands here.
-
-KILL_TEST = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_test.py"
-
-
-def leavings(name: str, folds: list[int]) -> dict[str, Any]:
-    """Return everything that finished folds leave, but for times."""
-    spec = importlib.util.spec_from_file_location("kill_test", KILL_TEST)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, Any] = module.leavings(name, folds)
-    return found
 
 
 @pytest.fixture
@@ -141,7 +128,7 @@ def test_folds_side_by_side_leave_the_bits_of_serial_whatever_befalls_some(
     said.clear()
     crossval.run(config, "cut", how=How("processes", 2), say=said.append)
     assert "fold 1: goes on after step 8" in said and "fold 0: finished before, skipped" in "".join(said)
-    assert leavings("cut", [0, 1, 2]) == leavings("whole", [0, 1, 2])
+    assert leavings("cut", range(3)) == leavings("whole", range(3))
     assert Path("runs/cut/scores.json").read_text() == Path("runs/whole/scores.json").read_text()
     assert {name: read_json(Path(f"runs/{name}/manifest.json"))["threads"] for name in ("cut", "whole")} == {
         "cut": 1,
@@ -163,10 +150,10 @@ def test_seeds_side_by_side_are_those_of_serial(config: Any, call: Callable[...,
 def test_a_job_has_its_threads_and_its_device_and_speaks_under_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from comp.training import dispatch
+    from comp.training import dispatch, processes
     from comp.training.dispatch import How, Job, JobsFailed, map_jobs, threads_each
 
-    monkeypatch.setattr(dispatch, "visible_devices", lambda: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(processes, "visible_devices", lambda: ["cuda:0", "cuda:1"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
     monkeypatch.setattr(dispatch, "threads_each", lambda how: 2)
     said: list[str] = []
@@ -243,6 +230,18 @@ def test_a_job_whose_parent_is_killed_saves_and_keeps_others_out_until_then(isol
 
 
 @pytest.mark.bad_input
-def test_bad_numbers_of_jobs_are_refused(refuses: Callable[..., str]) -> None:
-    refuses(["train", "--config", "tiny.yaml", "--run", "new", "--jobs", "0"], ["--jobs 0: at least 1 is needed"])
-    refuses(["train", "--config", "tiny.yaml", "--run", "new", "--jobs", "two"], ["--jobs"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--jobs", "0"], ["--jobs 0: at least 1 is needed"]),
+        (["--jobs", "two"], ["--jobs"]),
+        (["--on", "mars"], ["--on 'mars': allowed is ray"]),
+        (["--resources", "gpu=1"], ["--resources", "use it with --on ray"]),
+        (["--on", "ray", "--resources", "gpu"], ["--resources 'gpu': allowed are like cpu=4,gpu=1"]),
+        (["--on", "ray", "--resources", "gpu=-1"], ["--resources 'gpu=-1'"]),
+        (["--on", "ray", "--resources", "cpu=0.5"], ["cpu=0.5: a job computes with whole threads"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_ways_to_do_jobs_are_refused(options: list[str], words: list[str], refuses: Callable[..., str]) -> None:
+    refuses(["train", "--config", "tiny.yaml", "--run", "new", *options], words)

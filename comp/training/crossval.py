@@ -18,11 +18,11 @@ from comp.model.backbone import load_tokenizer, vocabulary_digest
 from comp.runs import RUNS, RunFolder, claim, read_json, sweep, write_json
 from comp.runtime import open_runtime, release_memory
 from comp.training import oof
-from comp.training.assembly import build_fold_groups, build_fold_model, build_fold_optimizer
+from comp.training.assembly import build_fold_groups, build_fold_optimizer
 from comp.training.checkpoint import bytes_of
 from comp.training.dispatch import How, Job, JobsFailed, Say, map_jobs, threads_each
 from comp.training.lessons import open_pseudo
-from comp.training.one_fold import Fold, Plan, rows_of, train_job
+from comp.training.one_fold import Fold, Plan, Ready, rows_of, train_job
 from comp.training.preflight import check_metric, check_rows, check_space, check_steps
 from comp.training.resume import SaveEvery, parse_save_every
 
@@ -122,14 +122,18 @@ def _prepare(
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
 
+    ready = Ready()
+
     def fits(table: Table) -> None:
         if coming:
-            model, fresh = build_fold_model(config, table, tokenizer)
+            model, fresh = ready.build(config, table, tokenizer)
             build_fold_optimizer(config, build_fold_groups(config, model, fresh))
             check_space(config, coming, bytes_of(model), len(table), every, how.num)
 
     table, folding = open_tables(config, wanted, say, check=fits)
-    release_memory()
+    if how.where != "serial":  # each process builds its own
+        ready = Ready()
+        release_memory()
     rows = {fold: rows_of(fold, config, table, folding) for fold in wanted}
     for fold, own in rows.items():
         check_rows(config, table, fold, *own)
@@ -139,14 +143,16 @@ def _prepare(
     encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     describe = runtime.describe(threads)
+    if how.where == "ray":  # whose devices this machine does not know
+        describe = f"Ray ({', '.join(f'{key} {n:g}' for key, n in how.resources.items())}), {config.training.precision}"
     about: dict[str, Any] = {"runtime": describe, "threads": threads, "backbone": config.model.backbone}
     about |= {"classes": table.classes, "tokenizer": vocabulary_digest(tokenizer)}
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
-    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say)
+    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say, ready=ready)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {describe}")
     begun_with = read_json(folder.manifest).get("threads")
-    if runtime.device.type == "cpu" and begun_with not in (None, threads):
+    if runtime.device.type == "cpu" and how.where != "ray" and begun_with not in (None, threads):
         say(
             f"the run was begun with {begun_with} threads a fold, this is {threads}: numbers may differ in their last "
             f"digits from those of a run in one go; OMP_NUM_THREADS={begun_with * max(1, how.num)} keeps them"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from comp.config import Config
 from comp.data.batches import Labels, collate, longest_window
@@ -18,11 +19,12 @@ from comp.data.tables import Table
 from comp.data.tokens import Encoded
 from comp.metrics import is_better
 from comp.model.backbone import save_recipe
+from comp.model.text_model import TextModel
 from comp.optim.groups import group_table
 from comp.optim.lookahead import Lookahead
 from comp.progress import OpenProgress, open_progress
 from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
-from comp.runtime import Runtime, Stopper, open_runtime, seed_everything
+from comp.runtime import Runtime, Stopper, open_runtime, random_state, seed_everything, set_random_state
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
 from comp.tracking import open_tracker
@@ -37,16 +39,37 @@ from comp.training.assembly import (
 )
 from comp.training.cadence import Never
 from comp.training.checkpoint import bytes_of, save_weights
-from comp.training.dispatch import Link, Say
 from comp.training.held_out import HeldOut
+from comp.training.job import Link, Say
 from comp.training.lessons import NoPseudo, Stages
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
-__all__ = ["Fold", "Plan", "rows_of", "train_fold", "train_job"]
+__all__ = ["Fold", "Plan", "Ready", "rows_of", "train_fold", "train_job"]
 
 Fold = int | str
+
+
+class Ready:
+    """A model that was built to see whether it fits; the fold that comes first takes it rather than build another."""
+
+    def __init__(self) -> None:
+        self.built: tuple[TextModel, list[nn.Parameter]] | None = None
+        self.random: dict[str, Any] = {}
+
+    def build(self, config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, list[nn.Parameter]]:
+        """Build the model from the config's seed, and keep it."""
+        seed_everything(config.training.seed)
+        self.built = build_fold_model(config, table, tokenizer)
+        self.random = random_state()
+        return self.built
+
+    def take(self, config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, list[nn.Parameter]]:
+        """Return the kept model, once, then new ones; every generator stands where building leaves it."""
+        built, self.built = self.built or self.build(config, table, tokenizer), None
+        set_random_state(self.random)
+        return built
 
 
 @dataclass(frozen=True)
@@ -66,6 +89,7 @@ class Plan:
     save_every: SaveEvery
     say: Say
     open_progress: OpenProgress = open_progress
+    ready: Ready = field(default_factory=Ready)
 
 
 def train_job(plan: Plan, fold: Fold, link: Link) -> None:
@@ -86,8 +110,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
     folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
-    seed_everything(config.training.seed)
-    model, fresh = build_fold_model(config, table, plan.tokenizer)
+    model, fresh = plan.ready.take(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     start = start_digest(model)
     model.to(runtime.device)
