@@ -60,8 +60,9 @@ format: $(STAMP)  ## rewrite the files as ruff wants them
 readme: $(STAMP)  ## write the catalogues into the README's table of techniques
 	$(BIN)/python tests/test_readme.py
 
-bench: $(STAMP)  ## speed of training, inference and evaluations, memory, padding (an hour and more)
+bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memory, padding (an hour and more)
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/infer_speed.py
 	$(BIN)/python benchmarks/infer_memory.py
 	$(BIN)/python benchmarks/padding.py

@@ -48,6 +48,11 @@ def train(
         str, typer.Option(help="auto (at evaluations), evaluation, never, '10 minutes', '200 steps': to go on from.")
     ] = "auto",
     seeds: Annotated[str | None, typer.Option(help="Numbers like 0,1,2: one run each, then mean and spread.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Folds and seeds side by side, in so many processes.")] = None,
+    on: Annotated[str | None, typer.Option(help="ray: on a Ray cluster (RAY_ADDRESS, or this machine).")] = None,
+    resources: Annotated[
+        str | None, typer.Option(help="Of a fold on Ray, like cpu=4,gpu=1; default: cpu=1, a GPU if there are any.")
+    ] = None,
     check_determinism: Annotated[
         bool, typer.Option("--check-determinism", help="Train 20 steps twice instead, and say whether the bits agree.")
     ] = False,
@@ -56,6 +61,7 @@ def train(
     from comp import config_file
     from comp.runs import check_name
     from comp.training import crossval
+    from comp.training.dispatch import JobsFailed, how_of
     from comp.training.seeds import parse_seeds, run_seeds
     from comp.training.trainer import Stopped
 
@@ -68,6 +74,7 @@ def train(
         name, restart, save_every = f"{name}-debug", True, "never"
         fold = fold if fold == "full" else str(crossval.parse_folds(fold, loaded.folds.num_folds)[0])
     check_name(name, "--run", "runs")
+    how = how_of(jobs, on, resources)
     if check_determinism:
         from comp.training.determinism import check_determinism as check
 
@@ -76,9 +83,12 @@ def train(
         return
     try:
         if seeds is None:
-            crossval.run(loaded, name, fold, restart=restart, save_every=save_every)
+            crossval.run(loaded, name, fold, restart=restart, save_every=save_every, how=how)
         else:
-            run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart, save_every=save_every)
+            run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart, save_every=save_every, how=how)
+    except JobsFailed as failed:
+        print(f"comp: {failed}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except Stopped as stopped:
         print(f"comp: {stopped}; the same command goes on from what is saved")
         raise typer.Exit(128 + stopped.signal) from None

@@ -30,13 +30,16 @@ def lock_of(folder: Path) -> Path:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder. Raises ValueError that says who is in it."""
+def hold(folder: Path) -> Iterator[int]:
+    """Keep other processes out of a run folder; give the open lock file. Raises ValueError that says who is in it.
+
+    A worker that inherits the file holds the lock too: it is free when all of them are gone.
+    """
     path, made = lock_of(folder), not folder.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(path, folder)
     try:
-        yield
+        yield handle
     finally:
         path.unlink(missing_ok=True)  # while it is held: nobody locks a file that is about to go, see _take
         os.close(handle)
@@ -133,6 +136,8 @@ def _refusal(owner: dict[str, Any], path: Path, folder: Path) -> str:
     host, pid, since = owner.get("host", "?"), owner.get("pid", "?"), owner.get("since", "?")
     here = host == socket.gethostname()
     advice = "wait until it is done, stop it, or name another run with --run"
+    if here and isinstance(pid, int) and not _alive(pid, owner.get("started")):
+        advice = "it is gone, but a worker of it is still saving its fold: wait a moment"
     if not here:
         advice += f"; if it is gone, which cannot be seen from {socket.gethostname()}, remove {path}"
     return f"{folder}: process {pid} on {host} has been writing into it since {since}; {advice}"

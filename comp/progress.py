@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-__all__ = ["NullProgress", "Progress", "open_progress"]
+__all__ = ["Lines", "NullProgress", "OpenProgress", "Progress", "open_progress"]
+
+SECONDS = 30.0  # between two lines in a log file
 
 
 class NullProgress:
@@ -22,6 +26,10 @@ class NullProgress:
 
     def close(self) -> None:
         """Finish the line."""
+
+
+OpenProgress = Callable[..., NullProgress]
+"""(total, label, done=...) -> the progress of one loop."""
 
 
 class Progress(NullProgress):
@@ -40,6 +48,24 @@ class Progress(NullProgress):
         self._bar.close()
 
 
+class Lines(NullProgress):
+    """A line of its own now and then: bars of several processes in one log file would write over each other."""
+
+    def __init__(self, total: int, label: str, done: int = 0, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.label, self.done, self.clock = total, label, done, clock
+        self.written = clock()
+
+    def advance(self, count: int = 1, **shown: str) -> None:
+        self.done += count
+        if self.clock() - self.written >= SECONDS:
+            self.written = self.clock()
+            told = "".join(f"  {name} {value}" for name, value in shown.items())
+            sys.stderr.write(f"{self.label}: {self.done:,} of {self.total:,} steps{told}\n")
+
+    def say(self, line: str) -> None:
+        sys.stderr.write(f"{self.label}:{line}\n")
+
+
 def open_progress(total: int, label: str, unit: str = "step", done: int = 0) -> NullProgress:
     """Open a bar over `total` units, `done` of them before now; without tqdm it is silent.
 
@@ -49,7 +75,7 @@ def open_progress(total: int, label: str, unit: str = "step", done: int = 0) -> 
         from tqdm import tqdm
     except ImportError:
         return NullProgress()
-    interval = 0.2 if sys.stderr.isatty() else 30.0
+    interval = 0.2 if sys.stderr.isatty() else SECONDS
     bar = tqdm(
         initial=done, total=total, desc=label, unit=unit, mininterval=interval, maxinterval=interval, dynamic_ncols=True
     )

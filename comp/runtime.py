@@ -85,11 +85,12 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         return f"{name}, {self.precision}"
 
-    def describe(self) -> str:
+    def describe(self, threads: int | None = None) -> str:
+        """Return words for it; `threads`: of another process than this one, with the same device."""
         import torch
 
         if self.device.type == "cpu":
-            return f"CPU ({torch.get_num_threads()} threads), {self.precision}"
+            return f"CPU ({threads or torch.get_num_threads()} threads), {self.precision}"
         return self.kind
 
 

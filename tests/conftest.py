@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import os
 import random
 import shutil
@@ -433,6 +434,19 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if ".cache" not in path.parts
     }
+
+
+KILL_TEST = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_test.py"
+
+
+def leavings(name: str, folds: Sequence[int]) -> dict[str, Any]:
+    """Return everything that the finished folds of a run leave, but for times, as benchmarks/kill_test.py does."""
+    spec = importlib.util.spec_from_file_location("kill_test", KILL_TEST)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Any] = module.leavings(name, folds)
+    return found
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import TinyCompetition
+from conftest import KILL_TEST, TinyCompetition
 
 from comp import config_file
 from comp.runs import FoldFolder, RunFolder
@@ -58,16 +58,9 @@ def run(config: Any, name: str, save_every: str = "4 steps", folds: str = "0") -
     crossval.run(config, name, folds, save_every=save_every, say=SAID.append)
 
 
-KILL_TEST = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_test.py"
-
-
 def leavings(name: str, fold: int = 0) -> dict[str, Any]:
-    """Return everything a finished fold leaves, but for times, as benchmarks/kill_test.py compares it."""
-    spec = importlib.util.spec_from_file_location("kill_test", KILL_TEST)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: dict[str, Any] = module.leavings(name, [fold])
+    """Return everything a finished fold leaves, but for times."""
+    found = conftest.leavings(name, [fold])
     assert not found[f"fold {fold} left over"], "a finished fold drops its state"
     return found
 

@@ -67,7 +67,7 @@ def faults_of(source: str) -> list[str]:
     return found
 
 
-KNOWN = {"ship/workers.py": ["pickle"]}
+KNOWN = {"worker.py": ["pickle"]}
 """What a process and the workers that it starts say to each other, over pipes without a name: no file, no socket."""
 
 

@@ -4,25 +4,13 @@ The rows of a model are shared out, not the models: with five folds on two GPUs 
 idle, and a model is the unit that is timed, kept and dropped. Rows travel as tokens, in shares of whole batches,
 longest first; a worker takes the next share when it is done with one, so that a slow device gets fewer. Batches are
 those of one process, so the numbers are too. The price: every worker reads every model's weights.
-
-A worker is a fresh interpreter with this one's sys.path, talked to by pickles over its pipes. Unlike a process of
-`multiprocessing` it never imports the script that called, which needs no `if __name__ == "__main__"`, and may be a
-notebook. It ends when its pipe closes, so that none outlives its parent.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
-import signal
-import subprocess
-import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeAlias
@@ -30,20 +18,15 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from comp.runtime import is_ours, release_memory
+from comp.runtime import release_memory
+from comp.worker import Handle, Tell, Worker, WorkerFault, thread_variables
 
-__all__ = ["Alone", "Crew", "Predictor", "WorkerFault", "open_crew", "work"]
+__all__ = ["Alone", "Crew", "Predictor", "WorkerFault", "open_crew"]
 
 Fold: TypeAlias = int | str
 Floats: TypeAlias = NDArray[np.float64]
 SHARES_EACH = 8  # shares of a model's rows per worker: at most about a sixteenth of a model's time is waited at its end
-COMMAND = "import json, os, sys; sys.path[:] = json.loads(sys.argv[1]); from comp.ship.workers import work; work()"
-COMMAND += "; sys.stderr.flush(); os._exit(0)"  # nothing is left to tidy up, which takes torch seconds
-LAST_LINES = 20  # of a worker's stderr, shown when it dies
-
-
-class WorkerFault(RuntimeError):
-    """A worker died, or failed for a reason that is no mistake of the user's."""
+ADVICE = "what is finished is kept: the same command goes on, with --workers 1 in one process"
 
 
 class Predictor(Protocol):
@@ -114,7 +97,10 @@ class Crew:
         self.workers: list[Worker] = []
         try:
             for device in devices:
-                self.workers.append(Worker(device, threads))
+                environment = thread_variables(threads)
+                self.workers.append(
+                    Worker(f"the worker on {device}", _settle, device, environment=environment, advice=ADVICE)
+                )
             for worker in self.workers:  # all start at once, then all are waited for
                 worker.answer()
         except BaseException:
@@ -185,135 +171,10 @@ def open_crew(devices: Sequence[str]) -> Alone | Crew:
     return Crew(devices) if len(devices) > 1 else Alone()
 
 
-# --- one worker ------------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A process that answers requests (run, fold, content) with (N, K) predictions."""
-
-    def __init__(self, device: str, threads: int) -> None:
-        self.device = device
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-c", COMMAND, json.dumps([str(path) for path in sys.path])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
-        )
-        self._said: deque[str] = deque(maxlen=LAST_LINES)
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
-        self.ask((device, threads))
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def _listen(self) -> None:
-        """Pass on what it says: in a notebook its stderr would end in a log that nobody reads."""
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            text = line.decode(errors="replace")
-            self._said.append(text)
-            with suppress(OSError, ValueError):  # nobody may listen to us any more
-                sys.stderr.write(text)
-
-    def ask(self, request: Any) -> None:
-        assert self._process.stdin is not None
-        try:
-            pickle.dump(request, self._process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self._process.stdin.flush()
-        except OSError:
-            raise self._death() from None
-
-    def answer(self) -> Any:
-        """Wait for an answer. Raises ValueError for a user's mistake, WorkerFault for what else goes wrong there."""
-        assert self._process.stdout is not None
-        try:
-            outcome, value = pickle.load(self._process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            raise self._death() from None
-        if outcome == "mistake":
-            raise ValueError(value)
-        if outcome == "failure":
-            raise WorkerFault(f"the worker on {self.device} failed:\n{value}")
-        return value
-
-    def _death(self) -> WorkerFault:
-        """Return how the process ended, its last words included."""
-        status = self._process.wait()
-        self._listener.join(timeout=5)
-        words = "".join(self._said).strip()
-        how = f"with exit status {status}"
-        if status < 0:
-            how = f"by {signal.Signals(-status).name}"
-            if status == -signal.SIGKILL:
-                how += ", which is often the system's answer to too little memory"
-        advice = "what is finished is kept: the same command goes on, with --workers 1 in one process"
-        heard = f"; it said:\n{words}" if words else ""
-        return WorkerFault(f"the worker on {self.device} ended {how}; {advice}{heard}")
-
-    def dismiss(self) -> None:
-        """Let it end after what it is at."""
-        assert self._process.stdin is not None
-        with suppress(OSError):  # it may be gone, and what was to be sent with it
-            self._process.stdin.close()
-
-    def close(self, patience: float = 20.0) -> None:
-        """Wait for its end, and take its pipes away; a worker that does not end is killed."""
-        assert self._process.stdout is not None and self._process.stderr is not None
-        self.dismiss()
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._listener.join(timeout=5)
-        self._process.stderr.close()
-
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-
-
-def work() -> None:
-    """Be a worker: answer requests from standard input until it closes. Called in a fresh interpreter."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not fall between the answers
-    requests = sys.stdin.buffer
-
-    def reply(outcome: str, value: Any) -> None:
-        pickle.dump((outcome, value), answers, protocol=pickle.HIGHEST_PROTOCOL)
-        answers.flush()
-
-    resident: Resident | None = None
-    while True:
-        try:
-            request = pickle.load(requests)
-        except EOFError:
-            return
-        except Exception:  # what was sent cannot be opened here
-            reply("failure", traceback.format_exc())
-            return
-        try:
-            if resident is None:
-                _settle(*request)
-                resident = Resident()
-                reply("ready", None)
-            else:
-                reply("values", resident.predict(*request))
-        except BrokenPipeError:
-            return
-        except ValueError as fault:
-            reply("mistake", str(fault)) if is_ours(fault) else reply("failure", traceback.format_exc())
-        except Exception:
-            reply("failure", traceback.format_exc())
-
-
-def _settle(device: str, threads: int) -> None:
+def _settle(tell: Tell, device: str) -> Handle:
+    """Take the device, in a worker; return what answers its requests."""
     import torch
 
-    torch.set_num_threads(threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    return Resident().predict

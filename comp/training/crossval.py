@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,18 @@ from comp.data.tables import Table, read_competition
 from comp.data.tokens import encode
 from comp.lock import hold
 from comp.model.backbone import load_tokenizer, vocabulary_digest
-from comp.runs import RUNS, RunFolder, claim, sweep, write_json
-from comp.runtime import Stopper, open_runtime, release_memory
+from comp.runs import RUNS, RunFolder, claim, read_json, sweep, write_json
+from comp.runtime import open_runtime, release_memory
 from comp.training import oof
-from comp.training.assembly import build_fold_groups, build_fold_model, build_fold_optimizer
+from comp.training.assembly import build_fold_groups, build_fold_optimizer
 from comp.training.checkpoint import bytes_of
+from comp.training.dispatch import How, Job, JobsFailed, Say, map_jobs, threads_each
 from comp.training.lessons import open_pseudo
-from comp.training.one_fold import Fold, Plan, Say, Watch, rows_of, train_fold, unwatched
+from comp.training.one_fold import Fold, Plan, Ready, Watch, rows_of, train_job, unwatched
 from comp.training.preflight import check_metric, check_rows, check_space, check_steps
-from comp.training.resume import parse_save_every
-from comp.training.trainer import Stopped
+from comp.training.resume import SaveEvery, parse_save_every
 
-__all__ = ["FOLDS", "open_tables", "parse_folds", "run", "score_run"]
+__all__ = ["FOLDS", "Begun", "begin", "open_tables", "parse_folds", "run", "score_run"]
 
 FOLDS = Path("folds")
 
@@ -49,43 +51,97 @@ def run(
     *,
     restart: bool = False,
     save_every: str = "auto",
+    how: How = How(),  # noqa: B008 - frozen
     say: Say = print,
     root: Path = RUNS,
     watch: Watch = unwatched,
 ) -> oof.Scores | None:
     """Train the folds of a run that are not finished yet, then gather and score all finished ones.
 
-    `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`). `say`
-    takes lines for the user. `root`: the folder that holds the run's. `watch` is told of every evaluation. Returns the
-    scores of the first task, or None when no fold was validated. Raises ValueError, before any training, for whatever
-    does not fit, or when another process trains this run; Stopped after SIGTERM or Ctrl-C, the state saved.
+    `save_every`: when the state of a fold is saved, from which it goes on after a stop (see `parse_save_every`).
+    `how`: one fold after the other, or side by side. `say` takes lines for the user. `root`: the folder that holds the
+    run's. `watch` is told of every evaluation. Returns the scores of the first task, or None when no fold was
+    validated. Raises ValueError, before any training, for whatever does not fit, or when another process trains this
+    run; Stopped after SIGTERM or Ctrl-C, the state saved; JobsFailed when folds that train side by side failed, after
+    the others are done and scored.
     """
-    with hold(root / name):
-        return _run(config, RunFolder(root / name), folds, restart, save_every, say, watch)
+    options: dict[str, Any] = {"restart": restart, "save_every": save_every, "how": how, "say": say}
+    with begin(config, name, folds, **options, root=root, watch=watch) as begun:
+        try:
+            map_jobs(train_job, begun.jobs, how, say=say, inherit=[begun.lock])
+        except JobsFailed:
+            begun.score()
+            raise
+        return begun.score()
 
 
-def _run(
-    config: Config, folder: RunFolder, folds: str, restart: bool, save_every: str, say: Say, watch: Watch
-) -> oof.Scores | None:
+@dataclass(frozen=True)
+class Begun:
+    """A run whose folder is made and held, its folds to be trained."""
+
+    plan: Plan
+    jobs: list[Job]
+    """Of the folds that are not finished."""
+    lock: int
+
+    def score(self) -> oof.Scores | None:
+        """Gather and score the finished folds, as `score_run`."""
+        return score_run(self.plan.folder, self.plan.config, self.plan.table, self.plan.say)
+
+
+@contextmanager
+def begin(
+    config: Config,
+    name: str,
+    folds: str,
+    *,
+    restart: bool,
+    save_every: str,
+    how: How,
+    say: Say,
+    root: Path = RUNS,
+    watch: Watch = unwatched,
+    of_many: bool = False,
+) -> Iterator[Begun]:
+    """Check everything, make the run folder and hold it; see `run`. `of_many`: jobs are named by run and fold."""
     every = parse_save_every(save_every)
+    with hold(root / name) as lock:
+        plan, todo = _prepare(config, RunFolder(root / name), folds, restart, every, how, say)
+        plan = replace(plan, watch=watch)
+        label = f"{name} " if of_many else ""
+        shared = replace(plan, say=print)  # what is sent to other processes; they say by the link
+        jobs = [
+            Job(f"{label}fold {fold}", (shared, fold), plan.folder.path / "logs" / f"fold{fold}.log") for fold in todo
+        ]
+        yield Begun(plan, jobs, lock)
+
+
+def _prepare(
+    config: Config, folder: RunFolder, folds: str, restart: bool, every: SaveEvery, how: How, say: Say
+) -> tuple[Plan, list[Fold]]:
+    """Return what all folds share, and which are to be trained."""
     wanted = parse_folds(folds, config.folds.num_folds)
     if wanted == ["full"] and config.stability.averaging.name == "soup":
         raise ValueError(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
-    runtime = open_runtime(config.training.precision)
+    runtime, threads = open_runtime(config.training.precision), threads_each(how)
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
 
+    ready = Ready()
+
     def fits(table: Table) -> None:
         if coming:
-            model, fresh = build_fold_model(config, table, tokenizer)
+            model, fresh = ready.build(config, table, tokenizer)
             build_fold_optimizer(config, build_fold_groups(config, model, fresh))
-            check_space(config, coming, bytes_of(model), len(table), every)
+            check_space(config, coming, bytes_of(model), len(table), every, how.num)
 
     table, folding = open_tables(config, wanted, say, check=fits)
     check_lineage(config.model.backbone, folding, wanted, table)
-    release_memory()
+    if how.where != "serial":  # each process builds its own
+        ready = Ready()
+        release_memory()
     rows = {fold: rows_of(fold, config, table, folding) for fold in wanted}
     for fold, own in rows.items():
         check_rows(config, table, fold, *own)
@@ -94,28 +150,34 @@ def _run(
     for fold, (training, _) in rows.items():
         check_steps(config, fold, pseudo.lesson(fold, table, training), encoded.lengths)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
-    about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
-    about["tokenizer"] = vocabulary_digest(tokenizer)
+    describe = runtime.describe(threads)
+    if how.where == "ray":  # whose devices this machine does not know
+        describe = f"Ray ({', '.join(f'{key} {n:g}' for key, n in how.resources.items())}), {config.training.precision}"
+    about: dict[str, Any] = {"runtime": describe, "threads": threads, "backbone": config.model.backbone}
+    about |= {"classes": table.classes, "tokenizer": vocabulary_digest(tokenizer)}
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
-    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say, watch)
-    say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
+    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say, ready=ready)
+    say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {describe}")
+    begun_with = read_json(folder.manifest).get("threads")
+    if runtime.device.type == "cpu" and how.where != "ray" and begun_with not in (None, threads):
+        say(
+            f"the run was begun with {begun_with} threads a fold, this is {threads}: numbers may differ in their last "
+            f"digits from those of a run in one go; OMP_NUM_THREADS={begun_with * max(1, how.num)} keeps them"
+        )
     if encoded.num_windowed:
         say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
     if encoded.num_cut:
         share = encoded.num_cut / len(encoded)
         say(f"{encoded.num_cut:,} texts ({share:.1%}) are cut at model.max_length {config.model.max_length} tokens")
+    todo = []
     for fold in wanted:
         if folder.fold(fold).done.exists():
             folder.fold(fold).drop_state()  # where a kill came just before that
             say(f"fold {fold}: finished before, skipped (--restart trains it again)")
         else:
-            with Stopper() as stopper:
-                train_fold(plan, fold, stopper)
-            if stopper.signal is not None:  # it came while the fold was being written, after the last step
-                raise Stopped(f"stopped after fold {fold}", stopper.signal)
-            release_memory()
-    return score_run(folder, config, table, say)
+            todo.append(fold)
+    return plan, todo
 
 
 def open_tables(

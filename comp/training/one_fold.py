@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from comp.config import Config
 from comp.data.batches import Labels, collate, longest_window
@@ -19,11 +20,12 @@ from comp.data.tables import Table
 from comp.data.tokens import Encoded
 from comp.metrics import is_better
 from comp.model.backbone import save_recipe
+from comp.model.text_model import TextModel
 from comp.optim.groups import group_table
 from comp.optim.lookahead import Lookahead
-from comp.progress import open_progress
+from comp.progress import OpenProgress, open_progress
 from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
-from comp.runtime import Runtime, Stopper, seed_everything
+from comp.runtime import Runtime, Stopper, open_runtime, random_state, seed_everything, set_random_state
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
 from comp.tracking import Watched, open_tracker
@@ -39,21 +41,42 @@ from comp.training.assembly import (
 from comp.training.cadence import Never
 from comp.training.checkpoint import bytes_of, save_weights
 from comp.training.held_out import HeldOut
+from comp.training.job import Link, Say
 from comp.training.lessons import NoPseudo, Stages
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
-__all__ = ["Fold", "Plan", "Say", "Watch", "rows_of", "train_fold", "unwatched"]
+__all__ = ["Fold", "Plan", "Ready", "Watch", "rows_of", "train_fold", "train_job", "unwatched"]
 
 Fold = int | str
-Say = Callable[[str], None]
 Watch = Callable[[Fold, float, float], None]
 """Fold, share of its steps done, score of an evaluation; what it raises ends the training."""
 
 
 def unwatched(fold: Fold, share: float, score: float) -> None:
     """Nobody watches the evaluations."""
+
+
+class Ready:
+    """A model that was built to see whether it fits; the fold that comes first takes it rather than build another."""
+
+    def __init__(self) -> None:
+        self.built: tuple[TextModel, list[nn.Parameter]] | None = None
+        self.random: dict[str, Any] = {}
+
+    def build(self, config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, list[nn.Parameter]]:
+        """Build the model from the config's seed, and keep it."""
+        seed_everything(config.training.seed)
+        self.built = build_fold_model(config, table, tokenizer)
+        self.random = random_state()
+        return self.built
+
+    def take(self, config: Config, table: Table, tokenizer: Any) -> tuple[TextModel, list[nn.Parameter]]:
+        """Return the kept model, once, then new ones; every generator stands where building leaves it."""
+        built, self.built = self.built or self.build(config, table, tokenizer), None
+        set_random_state(self.random)
+        return built
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,16 @@ class Plan:
     runtime: Runtime
     save_every: SaveEvery
     say: Say
-    watch: Watch
+    watch: Watch = unwatched
+    open_progress: OpenProgress = open_progress
+    ready: Ready = field(default_factory=Ready)
+
+
+def train_job(plan: Plan, fold: Fold, link: Link) -> None:
+    """Train one fold as a job of `map_jobs`, here or in another process."""
+    runtime = open_runtime(plan.config.training.precision)
+    plan = replace(plan, runtime=runtime, say=link.say, open_progress=link.open_progress)
+    train_fold(plan, fold, link.stopper)
 
 
 def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
@@ -86,8 +118,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
     folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
-    seed_everything(config.training.seed)
-    model, fresh = build_fold_model(config, table, plan.tokenizer)
+    model, fresh = plan.ready.take(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     start = start_digest(model)
     model.to(runtime.device)
@@ -147,7 +178,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
     )
-    progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
+    progress = plan.open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
         config.tasks,

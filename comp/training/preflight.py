@@ -59,19 +59,19 @@ def check_metric(config: Config, table: Table, held_out: Rows | slice, where: st
 
 
 def space_of(
-    config: Config, folds: int, full: bool, weight_bytes: int, num_rows: int, every: SaveEvery
+    config: Config, folds: int, full: bool, weight_bytes: int, num_rows: int, every: SaveEvery, at_a_time: int = 1
 ) -> dict[str, int]:
-    """Return what a run will write, name -> bytes: weights, the states of one fold, predictions.
+    """Return what a run will write, name -> bytes: weights, the states of the folds `at_a_time`, predictions.
 
     `folds` with held-out rows keep their best and last weights, the `full` one its last; with averages one more each.
-    Two states lie side by side, of the fold that trains. A soup keeps its checkpoints in the state.
+    Two states lie side by side, of each fold that trains. A soup keeps its checkpoints in the state.
     """
     averaging = config.stability.averaging
     averaged = averaging.name != "none"
     kept = folds * (2 + averaged) + full * (1 + averaged)
     average = {"none": 0, "swa": 1, "ema": 1}.get(averaging.name, getattr(averaging, "size", 0))
     racing = config.evaluation.decide == "race"  # the best weights lie in the state while they are not wholly scored
-    states = 0 if every.unit == "never" else 2 * (FIRST_SIZE + average + racing)
+    states = 0 if every.unit == "never" else 2 * (FIRST_SIZE + average + racing) * min(at_a_time, folds + full)
     outputs = sum(len(task.targets) for task in config.tasks)
     return {
         "weights": kept * weight_bytes,
@@ -81,11 +81,17 @@ def space_of(
 
 
 def check_space(
-    config: Config, folders: Sequence[FoldFolder], weight_bytes: int, num_rows: int, every: SaveEvery
+    config: Config,
+    folders: Sequence[FoldFolder],
+    weight_bytes: int,
+    num_rows: int,
+    every: SaveEvery,
+    at_a_time: int = 1,
 ) -> None:
     """Raise ValueError when the disk has less room than the folds that are to be trained will take."""
     full = any(folder.path.name == "full" for folder in folders)
-    check_room(space_of(config, len(folders) - full, full, weight_bytes, num_rows, every), folders)
+    needed = space_of(config, len(folders) - full, full, weight_bytes, num_rows, every, at_a_time)
+    check_room(needed, folders)
 
 
 def check_room(needed: dict[str, int], folders: Sequence[FoldFolder]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,8 @@ from comp.config import Config
 from comp.metrics import METRICS
 from comp.runs import write_json
 from comp.training import crossval
+from comp.training.dispatch import How, JobsFailed, map_jobs
+from comp.training.one_fold import train_job
 from comp.training.oof import Score, Scores
 
 __all__ = ["SeedScores", "parse_seeds", "run_seeds", "summarize"]
@@ -82,19 +86,38 @@ def run_seeds(
     *,
     restart: bool = False,
     save_every: str = "auto",
+    how: How = How(),  # noqa: B008 - frozen
     say: Callable[[str], None] = print,
 ) -> SeedScores | None:
     """Train runs/<name>-seed<s> for each seed on the same folds; print mean and spread; write runs/<name>.seeds.json.
 
-    A seed decides head initialisation, dropout and batch order. Finished folds are skipped as in one run. Returns None
-    when nothing was validated (--fold full).
+    A seed decides head initialisation, dropout and batch order. Finished folds are skipped as in one run. Side by side
+    (`how`) the folds of all seeds are one list of jobs. Returns None when nothing was validated (--fold full).
     """
-    scores: dict[int, Scores] = {}
-    for seed in seeds:
-        own = config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
-        found = crossval.run(own, f"{name}-seed{seed}", folds, restart=restart, save_every=save_every, say=say)
-        if found is not None:
-            scores[seed] = found
+    own = {
+        seed: config.model_copy(update={"training": config.training.model_copy(update={"seed": seed})})
+        for seed in seeds
+    }
+    options: dict[str, Any] = {"restart": restart, "save_every": save_every, "how": how, "say": say}
+    if how.where == "serial":
+        found = {seed: crossval.run(own[seed], f"{name}-seed{seed}", folds, **options) for seed in seeds}
+        return _summed_up(name, found, say)
+    with ExitStack() as stack:
+        begun = {
+            seed: stack.enter_context(crossval.begin(own[seed], f"{name}-seed{seed}", folds, of_many=True, **options))
+            for seed in seeds
+        }
+        jobs = [job for one in begun.values() for job in one.jobs]
+        try:
+            map_jobs(train_job, jobs, how, say=say, inherit=[one.lock for one in begun.values()])
+        except JobsFailed:
+            _summed_up(name, {seed: one.score() for seed, one in begun.items()}, say)
+            raise
+        return _summed_up(name, {seed: one.score() for seed, one in begun.items()}, say)
+
+
+def _summed_up(name: str, found: dict[int, Scores | None], say: Callable[[str], None]) -> SeedScores | None:
+    scores = {seed: own for seed, own in found.items() if own is not None}
     if not scores:
         return None
     summary = summarize(scores)
