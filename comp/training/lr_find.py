@@ -35,6 +35,7 @@ from comp.tracking import NullTracker
 from comp.training.assembly import build_fold_groups, build_fold_model, build_fold_optimizer, build_supcon
 from comp.training.cadence import Never
 from comp.training.crossval import FOLDS
+from comp.training.early import Evaluation
 from comp.training.lessons import Lesson, Stages
 from comp.training.objective import Objective
 from comp.training.one_fold import rows_of
@@ -169,10 +170,6 @@ class _Unsaved:
         return False
 
 
-def _none() -> float:
-    raise AssertionError("nothing is held out")
-
-
 def lr_find(
     config: Config,
     *,
@@ -237,7 +234,7 @@ def _test(config: Config, lrs: Numbers, fold: int) -> Curve:
         adversary=NoAdversary(),
         averager=recorder,
         loss=recorder.share,
-        evaluate=_none,
+        evaluate=lambda best, whole: Evaluation(math.nan, best),
         others=dict,
         keep_best=lambda step: None,
         showing=nullcontext,

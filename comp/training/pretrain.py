@@ -38,6 +38,7 @@ from comp.training.assembly import build_fold_optimizer
 from comp.training.cadence import Cadence, Never
 from comp.training.checkpoint import bytes_of, load_weights, save_weights, step_of
 from comp.training.crossval import FOLDS
+from comp.training.early import Evaluation
 from comp.training.one_fold import Say
 from comp.training.preflight import check_room
 from comp.training.pretrain_stages import (
@@ -245,7 +246,7 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
         adversary=NoAdversary(),
         averager=NoAverager(),
         loss=lesson.share,
-        evaluate=held.evaluate,
+        evaluate=lambda best, whole: Evaluation(held.evaluate(), best),
         others=lesson.others,
         keep_best=held.keep_best,
         showing=optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext,
