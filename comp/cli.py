@@ -153,7 +153,9 @@ def blend(
     option: Annotated[list[str] | None, typer.Option(help="Of the method, key=value; repeatable.")] = None,
     calibration: Annotated[str, typer.Option(help="See `comp list calibrators`.")] = "none",
     rows: Annotated[str | None, typer.Option(help="Query over the training table, like \"source == 'web'\".")] = None,
-    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
+    weights: Annotated[
+        str, typer.Option(help="best (by validation), last, or averaged; or one for each run: best,averaged.")
+    ] = "best",
     name: Annotated[str, typer.Option(help="Name of the blend, a folder inside blends/.")] = "blend",
 ) -> None:
     """Fit a blend to the runs' out-of-fold rows; score it honestly; write blends/<name>/blend.json."""

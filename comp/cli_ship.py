@@ -22,7 +22,9 @@ def infer(
     test: Annotated[str | None, typer.Option(help="Table to predict; default: the config's competition.test.")] = None,
     out: Annotated[str | None, typer.Option(help="CSV to write; default: submissions/<run or blend>.csv.")] = None,
     fold: Annotated[str | None, typer.Option(help="all (the default), full, all,full, or like 0,2.")] = None,
-    weights: Annotated[str | None, typer.Option(help="best (the default), last, or averaged.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="best (the default), last, or averaged; or one for each run: best,averaged.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes, one a GPU; default: every visible GPU.")] = None,
     devices: Annotated[str | None, typer.Option(help="Like cuda:0,cuda:1 or cpu,cpu: one process each.")] = None,
@@ -77,7 +79,9 @@ def bundle(
     owner: Annotated[str, typer.Option(help="Your Kaggle user name.")] = "",
     competition: Annotated[str, typer.Option(help="The competition's name in Kaggle's addresses.")] = "",
     fold: Annotated[str | None, typer.Option(help="all (the default), full, all,full, or like 0,2.")] = None,
-    weights: Annotated[str | None, typer.Option(help="best (the default), last, or averaged.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="best (the default), last, or averaged; or one for each run: best,averaged.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Weights as float16; the cost on OOF rows is measured.")] = False,
     time_budget: Annotated[str, typer.Option(help="Of the notebook; what will not fit is left out; or none.")] = "8h",

@@ -343,6 +343,27 @@ def test_from_runs_to_a_submission(kind: str, trained: Callable[..., TinyCompeti
         assert found.to_numpy() == pytest.approx(expected[:, 0], abs=1e-5)
 
 
+def test_each_run_can_have_weights_of_its_own(trained: Callable[..., TinyCompetition]) -> None:
+    test = pd.read_csv(trained("regression").test, dtype=str)
+    command("blend", *RUNS, "--method", "ridge", "--name", "mixed", "--weights", "last,averaged,best")
+    blend = read_blend("blends/mixed")
+    assert blend.weights == "last,averaged,best"
+    rows = pd.read_parquet("blends/mixed/rows.parquet").set_index("id")
+    oof = pd.read_parquet("runs/b/oof.parquet").set_index("id")
+    assert np.array_equal(rows["run1_0"], oof.loc[rows.index, "averaged_main_target"])
+    command("infer", "--blend", "blends/mixed", "--precision", "fp32")
+    each = zip(blend.runs, ("last", "averaged", "best"), strict=True)
+    preds = [load(run, weights=own, precision="fp32").predict(test).iloc[:, 1:].to_numpy() for run, own in each]
+    found = pd.read_csv("submissions/mixed.csv", dtype={"id": str}).set_index("id").loc[test["id"], "target"]
+    assert found.to_numpy() == pytest.approx(blend.apply(np.stack(preds))[:, 0], abs=1e-5)
+    command("infer", *RUNS, "--precision", "fp32", "--weights", "last,averaged,best", "--out", "mean.csv")
+    found = pd.read_csv("mean.csv", dtype={"id": str}).set_index("id").loc[test["id"], "target"]
+    assert found.to_numpy() == pytest.approx(np.mean(preds, axis=0)[:, 0], abs=1e-5)
+    for weights, words in (("best,last", "are 2 for 3 runs"), ("best,worst,last", "weights 'worst': allowed are")):
+        with pytest.raises(ValueError, match=words):
+            gather(["runs/a", "runs/b", "runs/c"], weights=weights)
+
+
 def test_rows_stack_calibration_and_fewer_rows(trained: Callable[..., TinyCompetition]) -> None:
     competition = trained()
     said = command(

@@ -524,12 +524,13 @@ def test_what_float16_cannot_hold_stays(tmp_path: Path) -> None:
 
 def test_runs_without_a_blend_and_two_of_one_name(project: TinyCompetition, tmp_path: Path) -> None:
     shutil.copytree("runs/b", "others/a", dirs_exist_ok=True)
-    out = bundle(out=tmp_path / "two-runs", blend=None, runs=["runs/a", "others/a"], folds=[0])
+    out = bundle(out=tmp_path / "two-runs", blend=None, runs=["runs/a", "others/a"], folds=[0], weights="last,best")
     manifest = read_manifest(out)
     assert [run["path"] for run in manifest["runs"]] == ["runs/a", "runs/a-2"]
     assert not (out / "runs/a/fold1").exists() and manifest["cv"]["kind"].startswith("mean of the runs")
     test = pd.read_csv(project.test, dtype=str)
-    each = [load(path, folds=[0]).predict(test)["target"].to_numpy() for path in ("runs/a", "others/a")]
+    chosen = {"runs/a": "last", "others/a": "best"}
+    each = [load(path, folds=[0], weights=own).predict(test)["target"].to_numpy() for path, own in chosen.items()]
     found = load_bundle(out).predict(test)["target"].to_numpy()
     assert found == pytest.approx(np.mean(each, axis=0), abs=1e-6)
     # a classical run takes along the run whose vectors it reads

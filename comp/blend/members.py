@@ -80,17 +80,40 @@ class Members:
     """(N,) of the first run; of all of them, when the folds are the same."""
     problem: Problem
     weights: str
-    """Which weights made the predictions: best, last or averaged."""
+    """Which weights made the predictions: best, last or averaged, or one for each run: best,averaged."""
     dropped: int
     """Rows that not every run has."""
 
     def among(self, runs: list[int]) -> Members:
         """Return some of the runs, on the same rows."""
-        return replace(self, members=[self.members[run] for run in runs], problem=self.problem.runs(runs))
+        members = [self.members[run] for run in runs]
+        weights = joined([weights_each(self.weights, len(self.members))[run] for run in runs])
+        return replace(self, members=members, problem=self.problem.runs(runs), weights=weights)
 
     @property
     def names(self) -> list[str]:
         return [member.folder.name for member in self.members]
+
+
+def weights_each(weights: str, num_runs: int) -> list[str]:
+    """Read "averaged", which is every run's, or one for each run in their order, like "best,averaged".
+
+    Raises ValueError for another number than that of the runs. Whether a run has such weights is not looked at.
+    """
+    each = [word.strip() for word in weights.split(",")]
+    if len(each) == 1:
+        each *= num_runs
+    if len(each) != num_runs:
+        raise ValueError(
+            f"weights '{weights}' are {len(each)} for {num_runs} runs; give one for all of them, or one for each in "
+            "their order, like best,averaged"
+        )
+    return each
+
+
+def joined(each: Sequence[str]) -> str:
+    """Return what `weights_each` reads."""
+    return each[0] if len(set(each)) == 1 else ",".join(each)
 
 
 def gather(
@@ -116,12 +139,16 @@ def gather(
     first = members[0]
     for other in members[1:]:
         _must_fit(first, other, any_folds=any_folds, any_metric=metric is not None)
-    kind = COLUMN.get(weights)
-    if kind is None:
-        raise ValueError(f"weights '{weights}': allowed are {', '.join(COLUMN)}")
-    for member in members:
+    each = weights_each(weights, len(members))
+    if unknown := [word for word in each if word not in COLUMN]:
+        raise ValueError(f"weights '{unknown[0]}': allowed are {', '.join(COLUMN)}, or one for each run: best,averaged")
+    kinds = [COLUMN[word] for word in each]
+    for member, word, kind in zip(members, each, kinds, strict=True):
         if not set(member.columns(kind)) <= set(member.rows.columns):
-            raise ValueError(f"{member.folder.path} has no predictions by {weights} weights; use another --weights")
+            raise ValueError(
+                f"{member.folder.path} has no predictions by {word} weights; use another --weights, for all or one "
+                "for each in their order, like best,averaged"
+            )
     common = first.rows.index
     for member in members[1:]:
         common = common[common.isin(member.rows.index)]
@@ -130,11 +157,16 @@ def gather(
         common = common[common.isin(_chosen_ids(first, rows))]
     if not len(common):
         raise ValueError(f"the runs have no rows in common{'' if rows is None else f' that fit --rows {rows!r}'}")
-    preds = np.stack([member.rows.loc[common, member.columns(kind)].to_numpy(float) for member in members])
+    preds = np.stack(
+        [
+            member.rows.loc[common, member.columns(kind)].to_numpy(float)
+            for member, kind in zip(members, kinds, strict=True)
+        ]
+    )
     targets = first.rows.loc[common, first.columns("target")]
     problem = Problem(preds, targets.to_numpy(float), first.task.kind, metric or first.config.metric)
     fold = first.rows.loc[common, "fold"].to_numpy(np.int64)
-    return Members(members, common.to_numpy(object), fold, problem, weights, union - len(common))
+    return Members(members, common.to_numpy(object), fold, problem, joined(each), union - len(common))
 
 
 def _must_fit(first: Member, other: Member, *, any_folds: bool, any_metric: bool) -> None:

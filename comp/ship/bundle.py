@@ -17,7 +17,7 @@ from typing import Any
 from comp import config_file
 from comp.blend.crossfit import Blend, Recipe, examine, read_blend, write_blend_for_inference
 from comp.blend.features import parse_features, run_path
-from comp.blend.members import gather
+from comp.blend.members import gather, weights_each
 from comp.config import Config, Tracking
 from comp.runs import RunFolder, commit, now, read_json, write_json, write_text
 from comp.runtime import FALLBACKS
@@ -100,7 +100,10 @@ def make_bundle(order: Order, say: Callable[[str], None] = print) -> Path:
     blend = None if order.blend is None else read_blend(order.blend)
     weights = order.weights if blend is None else blend.weights
     paths = list(order.runs) if blend is None else blend.runs
-    runs = [load(path, folds=order.folds, weights=weights, precision="auto", fallback="cpu") for path in paths]
+    runs = [
+        load(path, folds=order.folds, weights=own, precision="auto", fallback="cpu")
+        for path, own in zip(paths, weights_each(weights, len(paths)), strict=True)
+    ]
     must_fit(runs, blend)
     order.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=order.out.parent, prefix=".bundle-") as name:
@@ -112,7 +115,7 @@ def make_bundle(order: Order, say: Callable[[str], None] = print) -> Path:
                 blend, staged.folder / "blend", [f"runs/{staged.name_of(r.folder)}" for r in runs]
             )
         requirements = _put_code(staged, say)
-        costs = _costs(staged, weights) if order.half else None
+        costs = _costs(staged) if order.half else None
         manifest = _manifest(staged, weights, costs, say)
         _seal(staged, manifest, slug, requirements)
         if faults := unsafe(staged.folder):
@@ -261,12 +264,12 @@ def _estimators(runs: Sequence[LoadedRun]) -> set[str]:
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def _costs(staged: _Staged, weights: str) -> list[dict[str, Any]]:
+def _costs(staged: _Staged) -> list[dict[str, Any]]:
     halved = [
         load(
             staged.folder / "runs" / staged.name_of(run.folder),
             folds=run.folds,
-            weights=weights,
+            weights=run.weights,
             precision="auto",
             fallback="cpu",
         )
@@ -290,7 +293,8 @@ def cv_of(paths: Sequence[str | Path], weights: str, blend: Blend | None) -> dic
         found = read_json(scores) if scores.exists() else {}
         value = found.get(weights, {}).get("pooled")
         return None if value is None else {"metric": found["metric"], "value": value, "kind": "out of fold, pooled"}
-    if weights not in COLUMN or not all(RunFolder(path).oof.exists() for path in paths):
+    known = set(weights_each(weights, len(paths))) <= set(COLUMN)
+    if not known or not all(RunFolder(path).oof.exists() for path in paths):
         return None
     members = gather(paths, weights=weights, any_folds=True)
     report = examine(members, Recipe("mean"))[1]

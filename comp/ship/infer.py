@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp.blend.crossfit import Blend
+from comp.blend.members import weights_each
 from comp.data.tables import Table, read_test
 from comp.data.tokens import Memory
 from comp.progress import open_progress
@@ -62,7 +63,8 @@ def infer(
     a run, a full-data one too; or a `blend` says which runs and weights, and how they go together. The predictions are
     of the first task; runs must agree on its targets, kind and classes. `sample`: sample submission; None = the
     config's, where the test table is the config's too. A test table without rows gives the header alone. `folds`,
-    `weights`, `precision`, `devices`, `batch_tokens` and `fallback` are those of `load`.
+    `precision`, `devices`, `batch_tokens` and `fallback` are those of `load`, and so are `weights`, of all runs or one
+    for each: "best,averaged".
 
     Texts are tokenized once per tokenizer. What a model has predicted is kept, so that a killed call goes on where it
     was. `time_budget` ("8h"): models that will not fit are left out, lightest run first (see jobs.py), and the file is
@@ -75,7 +77,10 @@ def infer(
         runs = [newest_finished()]
         say(f"newest finished run: {runs[0]}")
     how: dict[str, Any] = {"precision": precision, "devices": devices, "batch_tokens": batch_tokens}
-    loaded = [load(run, folds=folds, weights=weights, fallback=fallback, **how) for run in runs]
+    each = weights_each(weights, len(runs))
+    loaded = [
+        load(run, folds=folds, weights=own, fallback=fallback, **how) for run, own in zip(runs, each, strict=True)
+    ]
     must_fit(loaded, blend)
     first = loaded[0]
     competition = first.config.competition
@@ -92,7 +97,7 @@ def infer(
         if list(table.ids) != ids:
             raise ValueError(f"{run.folder.path} reads other ids from {test_file} than {first.folder.path}")
         names = ", ".join(str(fold) for fold in run.folds)
-        say(f"{run.folder.path}: {len(table):,} rows, folds {names} ({weights} weights), {run.describe()}")
+        say(f"{run.folder.path}: {len(table):,} rows, folds {names} ({run.weights} weights), {run.describe()}")
     about: Mapping[str, Any] = {
         "id_column": competition.id,
         "task": first.task,

@@ -20,6 +20,7 @@ import pandas as pd
 
 from comp import config_file
 from comp.blend.crossfit import Blend, read_blend
+from comp.blend.members import weights_each
 from comp.data.frames import read_frame
 from comp.data.tables import read_test, table_of
 from comp.runs import RunFolder
@@ -59,8 +60,9 @@ def load_bundle(path: str | Path, *, precision: str | None = None, fallback: str
     folder = Path(path)
     manifest = read_manifest(folder)
     wanted = precision or manifest["precision"]
-    options = {"folds": manifest["folds"], "weights": manifest["weights"], "precision": wanted, "fallback": fallback}
-    runs = [load(folder / run["path"], **options) for run in manifest["runs"]]
+    options = {"folds": manifest["folds"], "precision": wanted, "fallback": fallback}
+    each = weights_each(manifest["weights"], len(manifest["runs"]))
+    runs = [load(folder / run["path"], weights=own, **options) for run, own in zip(manifest["runs"], each, strict=True)]
     blend = _blend(folder, manifest)
     must_fit(runs, blend)
     return LoadedBundle(runs, blend)
