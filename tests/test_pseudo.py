@@ -608,7 +608,13 @@ def test_off_is_the_fold_as_it_was(enter: Enter) -> None:
 
 
 def test_batches_by_tokens_have_their_steps_counted_beforehand(enter: Enter) -> None:
-    config = enter()("training.epochs=3", "training.batch_tokens=64", "evaluation.every=null")
+    config = enter()(
+        "training.epochs=3",
+        "training.batch_tokens=64",
+        "evaluation.every=null",
+        "stability.supcon.weight=0",
+        "training.length_bucketing=false",
+    )
     lesson = Lesson(read_train(config.competition, config.tasks), np.arange(30), np.arange(60, 80), 2)
     lengths = np.random.default_rng(0).integers(8, 40, 80)
     stages = Stages(lesson, config, lengths)
