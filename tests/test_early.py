@@ -269,6 +269,9 @@ def test_exact_keeps_the_same_bits_as_full(case: str, config_of: Callable[..., A
     assert not known.all(axis=None)
     assert (history == whole)[known].sum(axis=None) == known.sum(axis=None)
     assert any(line.endswith("some stopped early (evaluation.decide 'exact')") for line in SAID)
+    shares = [f"{done['padding'][what]:.1%} of tokens in {what}" for what in ("training", "evaluation")]
+    assert f"fold 0: padding {', '.join(shares)}" in SAID
+    assert full_done["padding"] == done["padding"] and 0 < done["padding"]["training"] < 0.5
     assert json.loads(Path("runs/exact/scores.json").read_text())["keep_best_flatters"] is None
 
 

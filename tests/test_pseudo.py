@@ -607,6 +607,25 @@ def test_off_is_the_fold_as_it_was(enter: Enter) -> None:
     assert (stages.lead_steps, stages.num_steps, stages.epochs) == (0, 10, 2)
 
 
+def test_batches_by_tokens_have_their_steps_counted_beforehand(enter: Enter) -> None:
+    config = enter()(
+        "training.epochs=3",
+        "training.batch_tokens=64",
+        "evaluation.every=null",
+        "stability.supcon.weight=0",
+        "training.length_bucketing=false",
+    )
+    lesson = Lesson(read_train(config.competition, config.tasks), np.arange(30), np.arange(60, 80), 2)
+    lengths = np.random.default_rng(0).integers(8, 40, 80)
+    stages = Stages(lesson, config, lengths)
+    steps = [len(stages.windows(epoch)) for epoch in range(5)]
+    assert len(set(steps[2:])) > 1, "the epochs differ"
+    assert (stages.lead_steps, stages.last_steps, stages.num_steps) == (sum(steps[:2]), sum(steps[2:]), sum(steps))
+    assert stages.steps_per_epoch == round(sum(steps[2:]) / 3)
+    assert stages.cadence().due(stages.num_steps, 0, None) and not stages.cadence().due(stages.num_steps - 1, 0, None)
+    assert stages.schedule()(stages.num_steps - 1) > 0
+
+
 def test_two_stages(enter: Enter) -> None:
     config = enter()("training.epochs=3", "schedule={name: linear, warmup_percent: 20}", "evaluation.every=2 steps")
     lesson = Lesson(read_train(config.competition, config.tasks), np.arange(30), np.arange(60, 80), 2)

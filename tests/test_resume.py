@@ -107,6 +107,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "supcon": {"stability": {"supcon": {"weight": 0.3}}, "training": {"micro_batch_size": None}},
     "word_weights": {"model": {"pooler": {"name": "word_weights"}}},
     "patience": {"evaluation": {"every": "1 steps", "patience": 3}, "optimizer": {"lr": 3e-2}, "kills": [3, 2]},
+    "batches by tokens": {"training": {"batch_size": 16, "batch_tokens": 160, "micro_batch_size": None}},
     "by score": {"evaluation": {"every": None, "schedule": [[0.2, 5], [-1, 2]]}},
 }
 

@@ -60,8 +60,9 @@ def cannot_win(seen: Floats, best: Floats, *, columns: int = 1, counts: bool = F
 def estimate(seen: Floats, best: Floats, best_mean: float, num_rows: int) -> float:
     """Return the mean loss over all N rows, estimated from some: the mean of the best, moved by the difference there.
 
-    `seen` and `best` (n,) are the losses of the same rows. Not below what a perfect rest would give. (The difference
-    estimator of survey sampling: Cochran 1977, chapter 7.)
+    `seen` and `best` (n,) are the losses of the same rows. Not below what a perfect rest would give. Without bias for
+    the blocks of a race (the difference estimator of survey sampling: Cochran 1977, chapter 7); rough where `exact`
+    stops, which begins with the rows on which the best is worst.
     """
     return max(best_mean + float((seen - best).mean()), float(seen.sum()) / num_rows)
 

@@ -119,8 +119,10 @@ class HeldOut:
                 break
         self.history.append(self.last.values[self.tasks[0].name].astype(np.float32))
         if not verdict:
-            best_score = self._complete(best_score)
-            return Evaluation(self._score(self.last), best_score)
+            known = self._complete(best_score)
+            if known is not None and not np.isfinite(known):  # on rows that a race had not come to
+                return Evaluation(float("nan"), best_score)
+            return Evaluation(self._score(self.last), known)
         assert best_score is not None
         seen, new, best = self._seen_losses()
         assert self.best_mean is not None
@@ -176,8 +178,10 @@ class HeldOut:
                 if np.isnan(self.best.values[self.tasks[0].name][places]).any():
                     self._add(self.best, places)
         self.best_weights = None
-        self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
-        return self._score(self.best)
+        score = self._score(self.best)
+        if np.isfinite(score):
+            self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
+        return score
 
     def _nothing(self) -> Predictions:
         return Predictions(self.ids[self.rows], {})
