@@ -288,7 +288,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+SLOW = ("simcse", "nothing held out")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in RECIPES]
+)
 def test_a_killed_run_ends_with_the_same_bits(
     recipe: str, config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +326,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert told[0] == told[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name"), [(HeldOutTexts, "keep_best"), (stages, "write_backbone")])
 def test_killed_between_writing_and_saying_so(
     owner: Any, name: str, config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the module the studies share, imported as they do."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield import_module("clear600")
-    for name in ("clear600", "poolers", "multitask", "stability", "rows"):
+    for name in ("clear600", "poolers", "multitask", "stability", "further_pretraining", "rows"):
         sys.modules.pop(name, None)
 
 
@@ -256,3 +256,17 @@ def test_the_committed_table_of_few_samples_is_that_of_the_committed_rows(stabil
     if not page.exists():
         pytest.skip("the stability study has no report yet")
     assert page.read_text(encoding="utf-8") == stability.table(rows)
+
+
+def test_the_table_of_further_pretraining(studies: Any) -> None:
+    study = import_module("further_pretraining")
+    made = {"variant": study.PRETRAINING, "seed": 1, "fold": -1, "before": 40000.0, "best": 9.5}
+    rows = [
+        made | {"steps": 250, "tokens": 1_000_000, "seconds": 200.0},
+        *(row(study.PLAIN, 1, fold, 0.7, 0.8) for fold in range(3)),
+        *(row(study.FURTHER, 1, fold, 0.6 + fold / 100, 0.8) for fold in range(3)),
+    ]
+    text = study.table(rows)
+    assert f"| {study.FURTHER} | 3 | 0.6101 | 0.8000 | 0.0100 | +0.0900 ± 0.0058 | +0.0000 ± 0.0000 |" in text
+    assert "- seed 1: 40,000 before, 9.50 after 250 steps, 1,000,000 tokens, 200 s" in text
+    assert "4 held-out rows a fold" in text

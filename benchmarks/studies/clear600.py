@@ -198,6 +198,13 @@ def table(study: Study, rows: list[Row]) -> str:
         f"| {study.what} | folds | RMSE best | RMSE last | spread | gain best | gain last |",
         "|---|---|---|---|---|---|---|",
     ]
+    lines += table_rows(study, rows)
+    return "\n".join(lines) + "\n"
+
+
+def table_rows(study: Study, rows: list[Row]) -> list[str]:
+    """Return the lines of the table, one per variant."""
+    lines = []
     for line in summary(study, rows):
         gains = [
             "" if line[f"error_{kind}"] is None else f"{line[f'gain_{kind}']:+.4f} ± {line[f'error_{kind}']:.4f}"
@@ -207,7 +214,7 @@ def table(study: Study, rows: list[Row]) -> str:
             f"| {line['variant']} | {len(line['folds'])} | {line['best']:.4f} | {line['last']:.4f} | "
             f"{line['spread']:.4f} | {gains[0]} | {gains[1]} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def picture(study: Study, rows: list[Row], file: Path) -> None:

@@ -20,7 +20,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from clear600 import KEYS, Study, describe, row_of, summary
+from clear600 import KEYS, Study, describe, row_of, table_rows
 from rows import DATA, RESULTS, ROOT, WORK, Row, read_rows, spread_rows, train_all
 
 PLAIN, FURTHER, PRETRAINING = "as published", "pre-trained further", "pre-training"
@@ -153,15 +153,7 @@ def table(rows: list[Row]) -> str:
         "| backbone | folds | RMSE best | RMSE last | spread | gain best | gain last |",
         "|---|---|---|---|---|---|---|",
     ]
-    for line in summary(STUDY, tuned):
-        gains = [
-            "" if line[f"error_{kind}"] is None else f"{line[f'gain_{kind}']:+.4f} ± {line[f'error_{kind}']:.4f}"
-            for kind in ("best", "last")
-        ]
-        lines.append(
-            f"| {line['variant']} | {len(line['folds'])} | {line['best']:.4f} | {line['last']:.4f} | "
-            f"{line['spread']:.4f} | {gains[0]} | {gains[1]} |"
-        )
+    lines += table_rows(STUDY, tuned)
     lines += ["", "Pre-training, perplexity of held-out texts (the head is new, so it starts from chance):", ""]
     for row in sorted(made, key=lambda row: int(row["seed"])):
         lines.append(

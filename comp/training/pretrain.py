@@ -122,6 +122,8 @@ def _run(config: Config, name: str, fold: str | None, restart: bool, save_every:
     claim(folder, config, marks, about)
     sweep(folder.path)
     if folder.pretraining.done.exists():
+        for stage in stages:
+            folder.stage(stage.number).best.unlink(missing_ok=True)  # where a kill came just before that
         say(f"{folder.backbone}: finished before, skipped (--restart trains it again)")
         return folder.backbone
     lengths = sum(int(stage.lesson.encoded.offsets[-1]) for stage in stages)
