@@ -308,7 +308,7 @@ def _misplaced(rows: Mapping[str, Row], data: Mapping[str, Any]) -> list[str]:
                 absent = [one for one in row.allowed(other) if not _may_be(tried, one)]
                 if absent:
                     faults.append(f"{key}.when: {other} is never {', '.join(map(_json, absent))} in this space")
-    if not faults and not _in_order(rows):
+    if rows and not faults and not _in_order(rows):
         faults.append(
             f"when: conditions go in a circle, among {', '.join(key for key, row in rows.items() if row.when)}"
         )
@@ -340,7 +340,9 @@ def _refused_values(space: Space, source: Source, overrides: Sequence[str]) -> l
             for fault in _faults(source, overrides, space.alone(key, value)):
                 where = fault.partition(" (")[0].partition(":")[0]
                 if f"{key}.".startswith(f"{where}.") or f"{where}.".startswith(f"{key}.") or f"--set {key}" in fault:
-                    faults.append(f"{_listed({key: value})}: {fault.removeprefix(f'--set {key}: ')}")
+                    faults.append(
+                        f"{_listed({key: value})}: {fault.removeprefix(f'--set {key}: ').removeprefix(f'{key}: ')}"
+                    )
     return faults
 
 
