@@ -81,7 +81,7 @@ SPACES: dict[str, tuple[str, *tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("case", SPACES)
 def test_spaces(case: str, here: Path) -> None:
-    """The words stand in the message once each; two of them are tried through the command line below."""
+    """The words stand in the message ; some are tried through the command line below."""
     text, *words = SPACES[case]
     Path("space.yaml").write_text(text)
     with pytest.raises(ConfigError) as refused:
