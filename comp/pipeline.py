@@ -110,7 +110,7 @@ def _named(call: Call) -> list[str]:
         f"runs/{value.removeprefix('run:')}" for value in call.args.get("features", []) if value.startswith("run:")
     ]
     if config is not None:
-        found += [*_texts(config.model_dump(mode="json")), f"folds/{config.fold_name}.csv"]
+        found += [config.model.backbone, *_texts(config.model_dump(mode="json")), f"folds/{config.fold_name}.csv"]
     outputs = call.outputs
     return [text for text in dict.fromkeys(found) if not any(_within(text, output) for output in outputs)]
 

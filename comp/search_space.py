@@ -308,7 +308,7 @@ def _misplaced(rows: Mapping[str, Row], data: Mapping[str, Any]) -> list[str]:
                 absent = [one for one in row.allowed(other) if not _may_be(tried, one)]
                 if absent:
                     faults.append(f"{key}.when: {other} is never {', '.join(map(_json, absent))} in this space")
-    if not faults and not _in_order(rows):
+    if rows and not faults and not _in_order(rows):
         faults.append(
             f"when: conditions go in a circle, among {', '.join(key for key, row in rows.items() if row.when)}"
         )
@@ -334,14 +334,15 @@ def _in_order(rows: Mapping[str, Row]) -> dict[str, Row]:
 
 def _refused_values(space: Space, source: Source, overrides: Sequence[str]) -> list[str]:
     """Return the faults of single values: of keys that the config has not, and of values that it never takes."""
-    faults = []
+    told: dict[tuple[str, str], str] = {}
     for key, row in space.rows.items():
         for value in row.corners():
             for fault in _faults(source, overrides, space.alone(key, value)):
                 where = fault.partition(" (")[0].partition(":")[0]
                 if f"{key}.".startswith(f"{where}.") or f"{where}.".startswith(f"{key}.") or f"--set {key}" in fault:
-                    faults.append(f"{_listed({key: value})}: {fault.removeprefix(f'--set {key}: ')}")
-    return faults
+                    words = fault.removeprefix(f"--set {key}: ").removeprefix(f"{key}: ")
+                    told.setdefault((key, words), f"{_listed({key: value})}: {words}")  # a key that is none: once
+    return list(told.values())
 
 
 def _refused_corners(space: Space, source: Source, overrides: Sequence[str]) -> list[str]:

@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 from conftest import TinyCompetition
 
 from comp import config_file
+from comp.cli import app
+from comp.cli_search import _commands
+from comp.pipeline_file import read_pipeline
 from comp.training import crossval
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
+PIPELINES = [file for file in FILES if file.stem == "pipeline"]
+CONFIGS = [file for file in FILES if file not in PIPELINES]
 FRAGMENTS = ("base", "few-rows")
 """No competition of their own: to be extended."""
 
@@ -27,7 +33,7 @@ def test_opens_with_command_cost_and_result(file: Path) -> None:
         assert any(word in line for line in head), f"{file.name} does not say its {word}"
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file.stem not in FRAGMENTS], ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [file for file in CONFIGS if file.stem not in FRAGMENTS], ids=lambda file: file.stem)
 def test_trains(
     file: Path,
     isolated: Path,
@@ -43,6 +49,8 @@ def test_trains(
         f"model.backbone={tiny_model_folder('roberta')}", "model.max_length=32", "training.epochs=1",
         "training.max_rows=24", "tracking.wandb=off",
     ]  # fmt: skip
+    if config.pseudo is not None:  # its labels are made by an earlier step
+        replaced.append("pseudo=null")
     frame = pd.read_csv(tiny.train, dtype=str)
     for place, task in enumerate(config.tasks[1:], 1):
         assert task.kind == "regression", "write made-up targets of this kind here"
@@ -53,6 +61,21 @@ def test_trains(
     scores = crossval.run(config_file.load(file, replaced), "built", "0", say=said.append)
     assert scores is not None
     assert scores.num_rows == min(24, 60 // config.folds.num_folds)
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.parent.name)
+def test_pipelines_name_commands_and_configs_that_are_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    commands = dict(_commands(typer.main.get_command(app)))
+    pipeline, calls = read_pipeline(file, {"pretrain": commands["train"], **commands})
+    assert len(calls) == len(pipeline.steps)
+    made = [output for call in calls for output in call.outputs]
+    for call in calls:
+        config = call.load()
+        if config is not None and config.model.backbone.startswith("runs/"):
+            assert any(config.model.backbone.startswith(f"{output}/") for output in made)
+        if config is not None and config.pseudo is not None:
+            assert config.pseudo.folder in made
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)

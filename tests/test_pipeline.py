@@ -254,22 +254,41 @@ def test_two_at_a_time_are_refused(go: Callable[..., tuple[list[str], list[str]]
 
 
 def test_a_pipeline_by_the_command_line(here: Path, call: Callable[..., tuple[int, str, str]]) -> None:
-    """A classical model, a blend and a submission, each in a process of its own; a step that fails says why itself."""
+    """Every step is a process of its own; one that fails says why itself."""
     Path("two.yaml").write_text(
         "name: two\nsteps:\n"
-        "  - {name: words, command: classical, config: tiny.yaml, args: {features: tfidf, run: words}}\n"
-        "  - {name: both, command: blend, args: {run: [runs/tiny, runs/words], name: both}}\n"
-        "  - {name: predict, command: infer, args: {blend: blends/both, fold: '7'}}\n"
+        "  - {name: alone, command: blend, args: {run: runs/tiny, name: alone}}\n"
+        "  - {name: predict, command: infer, args: {blend: blends/alone, fold: '7'}}\n"
     )
     status, out, err = call("pipeline", "two.yaml")
     assert status == 2 and "comp: step 'predict' ended with exit status 2" in err
     Path("two.yaml").write_text(Path("two.yaml").read_text().replace(", fold: '7'", ""))
     status, out, err = call("pipeline", "two.yaml")
     assert status == 0, err
-    assert out.count("skipped, nothing has changed") == 2 and "pipeline two: all 3 steps are done" in out
-    assert Path("submissions/both.csv").exists()
-    status, out, err = call("pipeline", "two.yaml", "--dry-run")
-    assert out.count("would be skipped") == 3
+    assert out.count("skipped, nothing has changed") == 1 and "pipeline two: all 2 steps are done" in out
+    assert Path("submissions/alone.csv").exists()
+    assert call("pipeline", "two.yaml", "--dry-run")[1].count("would be skipped") == 2
+
+
+@pytest.mark.slow
+def test_two_stages_from_training_to_submission(here: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    """Train, label, train on the labels, a classical model on the second run's vectors, blend, infer: then nothing."""
+    Path("second.yaml").write_text(SECOND)
+    Path("all.yaml").write_text(
+        STEPS.replace('fold: "0"', "fold: all").replace("[runs/first, runs/second]", "[runs/first, runs/second, runs/third]")
+        .replace("  - {name: both", "  - {name: third, command: classical, config: tiny.yaml, "
+                 "args: {features: 'run:second', run: third}}\n  - {name: both")
+    )  # fmt: skip
+    status, out, err = call("pipeline", "all.yaml")
+    assert status == 0, err
+    assert "pipeline two: all 6 steps are done" in out and Path("out.csv").exists()
+    status, out, err = call("pipeline", "all.yaml")
+    assert status == 0 and out.count("skipped, nothing has changed") == 6, out
+    Path("second.yaml").write_text(SECOND + "optimizer: {lr: 1.0e-3}\n")
+    status, out, err = call("pipeline", "all.yaml")
+    assert status == 0, err
+    assert out.count("skipped, nothing has changed") == 2 and "runs/second is removed" in out
+    assert "optimizer.lr 2e-05 -> 0.001" in out
 
 
 def test_a_stop_reaches_the_step(tmp_path: Path) -> None:

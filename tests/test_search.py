@@ -74,8 +74,9 @@ class MadeUp:
 
 
 @pytest.fixture
-def place(here: Path) -> Path:
+def place(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("space.yaml").write_text(SPACE)
+    monkeypatch.setattr(searching, "release_memory", lambda: None)  # nothing is trained, and it takes long
     tiny = yaml.safe_load(Path("tiny.yaml").read_text())
     tiny |= {"metric": "log_loss"}  # of kind binary; the lower, the better
     Path("tiny.yaml").write_text(yaml.safe_dump(tiny))
@@ -84,7 +85,6 @@ def place(here: Path) -> Path:
 
 def run(order: Order, monkeypatch: pytest.MonkeyPatch, made_up: MadeUp | None = None, **options: Any) -> list[Tried]:
     monkeypatch.setattr(searching.crossval, "run", made_up or MadeUp())
-    monkeypatch.setattr(searching, "release_memory", lambda: None)  # a second each, with torch in memory
     return search(open_search(order), say=quiet, **options)[0]
 
 
