@@ -117,6 +117,11 @@ def _prepare(
         raise ValueError(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
+    if how.where == "ranks" and config.whole_batch is not None:
+        raise ValueError(
+            f"{config.whole_batch} compares the rows of a whole batch, which cannot be shared out among the processes "
+            "of torch.distributed.run; train folds side by side instead, with --jobs"
+        )
     folder = RunFolder(RUNS / name)
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
     tokenizer = load_tokenizer(config.model.backbone)
@@ -143,6 +148,8 @@ def _prepare(
     encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     describe = runtime.describe(threads)
+    if how.where == "ranks":
+        describe = f"{how.ranks.size} x {describe}"
     if how.where == "ray":  # whose devices this machine does not know
         describe = f"Ray ({', '.join(f'{key} {n:g}' for key, n in how.resources.items())}), {config.training.precision}"
     about: dict[str, Any] = {"runtime": describe, "threads": threads, "backbone": config.model.backbone}

@@ -22,6 +22,7 @@ from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import load_weights, save_weights, step_of
 from comp.training.predict import Predictions, predict
+from comp.training.ranks import ALONE, OneRank
 
 __all__ = ["HeldOut"]
 
@@ -43,10 +44,11 @@ class HeldOut:
         metrics: Sequence[str],
         runtime: Runtime,
         best_path: Path,
+        ranks: OneRank = ALONE,
     ) -> None:
         self.model, self.encoded, self.rows = model, encoded, rows
         self.ids, self.classes, self.tasks = table.ids, table.classes, tasks
-        self.metrics, self.runtime, self.best_path = metrics, runtime, best_path
+        self.metrics, self.runtime, self.best_path, self.ranks = metrics, runtime, best_path, ranks
         self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
         self.best: Predictions | None = None
@@ -71,7 +73,12 @@ class HeldOut:
         return self._score(self.averaged)
 
     def _predict(self) -> Predictions:
-        return predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=self.rows)
+        rows = self.ranks.part(self.rows)
+        found = None
+        if len(rows):
+            found = predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=rows)
+        values = self.ranks.together(None if found is None else found.values, len(self.rows))
+        return Predictions(self.ids[self.rows], values)
 
     def _score(self, found: Predictions) -> float:
         first = self.tasks[0].name
@@ -92,7 +99,8 @@ class HeldOut:
     def keep_best(self, step: int) -> None:
         """Keep the latest predictions, and the weights that made them at `step`, as the best."""
         self.best = self.last
-        save_weights(self.best_path, self.model, step=step)
+        if self.ranks.first:
+            save_weights(self.best_path, self.model, step=step)
 
     def settle(self, best_step: int) -> tuple[int, float] | None:
         """Make sure that the best predictions are those of the best weights on disk.
@@ -101,10 +109,12 @@ class HeldOut:
         (another machine), they stay. Then the model gets those weights, the rows are predicted anew, and their step
         and score are returned.
         """
-        step = step_of(self.best_path)
+        step = self.ranks.of_first(step_of(self.best_path) if self.ranks.first else None)
         if step is None or step == best_step:
             return None
-        load_weights(self.best_path, self.model)
+        if self.ranks.first:
+            load_weights(self.best_path, self.model)
+        self.ranks.spread(self.model)
         self.best = self._predict()
         return step, self._score(self.best)
 
