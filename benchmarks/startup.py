@@ -56,7 +56,7 @@ from comp.training import one_fold, trainer
 def marked(name, owner, attribute):
     real = getattr(owner, attribute)
     def call(*arguments):
-        print(name, time.time(), file=sys.stderr)
+        print(name, time.time(), flush=True)
         return real(*arguments)
     setattr(owner, attribute, call)
 marked("MARK step", trainer, "_gradient")

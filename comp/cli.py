@@ -61,7 +61,7 @@ def train(
     from comp import config_file
     from comp.runs import check_name
     from comp.training import crossval
-    from comp.training.dispatch import JobsFailed, how_of
+    from comp.training.dispatch import JobsFailed, how_of, joined
     from comp.training.seeds import parse_seeds, run_seeds
     from comp.training.trainer import Stopped
 
@@ -82,10 +82,13 @@ def train(
             raise typer.Exit(1)
         return
     try:
-        if seeds is None:
-            crossval.run(loaded, name, fold, restart=restart, save_every=save_every, how=how)
-        else:
-            run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart, save_every=save_every, how=how)
+        with joined(how) as own:
+            if own is None:  # of several processes on one fold, one that is led
+                return
+            if seeds is None:
+                crossval.run(loaded, name, fold, restart=restart, save_every=save_every, how=own)
+            else:
+                run_seeds(loaded, name, fold, parse_seeds(seeds), restart=restart, save_every=save_every, how=own)
     except JobsFailed as failed:
         print(f"comp: {failed}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -71,6 +71,79 @@ def test_resources_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert how_of(1) == How()
 
 
+class StandIn:
+    """As much of Ray as Cluster asks for: a task is done when it is waited for; `lost` ones never come back."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, lost: tuple[str, ...] = ()) -> None:
+        self.lost, self.most, self.options = lost, 0, {}
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        gone = {"Alive": False, "Resources": {"CPU": 99.0}}
+        return [gone, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0, "TPU": 1.0}}]
+
+    def remote(self, **options: Any) -> Callable[..., Any]:
+        self.options = options
+
+        def task(fn: Callable[..., Any]) -> Any:
+            return type("Task", (), {"remote": staticmethod(lambda *arguments: (fn, arguments))})
+
+        return task
+
+    def wait(self, tasks: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        self.most = max(self.most, len(tasks))
+        return tasks[:1], tasks[1:]
+
+    def get(self, task: Any) -> Any:
+        fn, arguments = task
+        if arguments[2] in self.lost:
+            raise self.exceptions.RayError("The worker died.\nMore.")
+        return fn(*arguments)
+
+
+def halve(number: int, link: Any) -> float:
+    link.say("halving")
+    if number % 2:
+        from comp.runtime import check_devices
+
+        check_devices(["nowhere"])
+    return number / 2
+
+
+def test_jobs_on_a_cluster_are_counted_and_lose_no_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], isolated: Path
+) -> None:
+    from comp.training import cluster
+    from comp.training.dispatch import How, Job, JobsFailed, map_jobs
+
+    ray = StandIn()
+    monkeypatch.setattr(cluster, "find_ray", lambda: ray)
+    how = How("ray", 2, {"cpu": 4, "TPU": 1, "memory": 0})
+    jobs = [Job(f"job {n}", (n,), Path(f"{n}.log")) for n in (2, 4, 6)]
+    assert map_jobs(halve, jobs, how) == [1.0, 2.0, 3.0]
+    assert ray.most == 2 and "job 4: halving\n" in capsys.readouterr().out
+    assert (ray.options["num_cpus"], ray.options["num_gpus"], ray.options["resources"]) == (4, 1, {"TPU": 1})
+    assert ray.options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "4"
+    assert ray.options["max_retries"] == 5 and ray.options["max_calls"] == 1
+
+    ray.lost, said = ("job 4",), []
+    with pytest.raises(JobsFailed) as failed:
+        map_jobs(halve, [*jobs, Job("job 7", (7,))], how, say=said.append)
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "job 4 ended after 5 more tries (RayError: The worker died.); read 4.log"
+    assert lines[1].startswith("job 7 failed: device 'nowhere' is not there")
+    assert lines[2].startswith("2 of 4 failed; the other 2 of 4 are done.")
+    assert said[0] == lines[0] + "; the others go on"
+    with pytest.raises(ValueError, match="no machine of the Ray cluster has what a job asks for .cpu 9, gpu 1.; its"):
+        map_jobs(halve, jobs, How("ray", 2, {"cpu": 9}))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray's own
 def test_three_folds_on_ray_with_one_killed_are_those_of_serial(
@@ -85,7 +158,6 @@ def test_three_folds_on_ray_with_one_killed_are_those_of_serial(
     from comp.training import crossval
     from comp.training.dispatch import how_of
 
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     data = tiny_competition().config(tiny_model_folder("bert"), evaluation={"every": "3 steps"})
     data["folds"]["num_folds"], data["model"]["dropout"], data["training"]["epochs"] = 3, 0.1, 3

@@ -34,7 +34,7 @@ from comp.runs import digest
 from comp.ship.teachers import make_labels
 from comp.stability.adversarial import FGM
 from comp.stability.averaging import EMA
-from comp.training import crossval, one_fold
+from comp.training import crossval, dispatch, one_fold
 from comp.training.crossval import open_tables
 from comp.training.lessons import Lesson, NoPseudo, PseudoRows, Stages, choose, open_pseudo
 from comp.training.objective import Objective
@@ -64,7 +64,7 @@ def label(*runs: str, data: str = "test.csv", **own: Any) -> Path:
 def no_collection() -> Iterator[None]:
     """Between folds memory is given back; with a test session's objects around, that takes longer than a fold."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crossval, "release_memory", lambda: None)
+        patch.setattr(dispatch, "release_memory", lambda: None)
         yield
 
 

@@ -112,13 +112,16 @@ def build_averager(config: Config, model: TextModel, stages: Stages) -> tuple[No
     return NoAverager(), schedule
 
 
-def finish_average(averager: NoAverager, held: HeldOut | None, path: Path, model: TextModel) -> float | None:
+def finish_average(
+    averager: NoAverager, held: HeldOut | None, path: Path, model: TextModel, *, writes: bool = True
+) -> float | None:
     """Finish the average, score it on the held-out rows and write it; None where there is none or no such rows."""
     averager.finish(None if held is None else held.try_weights)
     if not averager.ready:
         return None
     with averager.swapped_in():
-        save_weights(path, model)
+        if writes:
+            save_weights(path, model)
         return None if held is None else held.keep_averaged()
 
 

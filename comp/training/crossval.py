@@ -125,6 +125,16 @@ def _prepare(
         raise ValueError(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
+    if how.where == "ranks" and config.whole_batch is not None:
+        raise ValueError(
+            f"{config.whole_batch} compares the rows of a whole batch, which cannot be shared out among the processes "
+            "of torch.distributed.run; train folds side by side instead, with --jobs"
+        )
+    if how.where == "ranks" and config.evaluation.decide != "full":
+        raise ValueError(
+            f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
+            "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
+        )
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
@@ -151,6 +161,8 @@ def _prepare(
         check_steps(config, fold, pseudo.lesson(fold, table, training), encoded.lengths)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     describe = runtime.describe(threads)
+    if how.where == "ranks":
+        describe = f"{how.ranks.size} x {describe}"
     if how.where == "ray":  # whose devices this machine does not know
         describe = f"Ray ({', '.join(f'{key} {n:g}' for key, n in how.resources.items())}), {config.training.precision}"
     about: dict[str, Any] = {"runtime": describe, "threads": threads, "backbone": config.model.backbone}

@@ -6,17 +6,20 @@ failed, why and where to read more. A signal reaches every job, which stops afte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
-from comp.progress import open_progress
+from comp.progress import NullProgress, open_progress
 from comp.runtime import Stopper, release_memory
 from comp.training.cluster import Cluster, find_ray
 from comp.training.job import Found, Function, How, Job, Link, Say
 from comp.training.processes import ADVICE, Processes
+from comp.training.ranks import ALONE, OneRank, asked_for, join
 from comp.training.trainer import Stopped
 
-__all__ = ["How", "Job", "JobsFailed", "Link", "Say", "how_of", "map_jobs", "threads_each"]
+__all__ = ["How", "Job", "JobsFailed", "Link", "Say", "how_of", "joined", "map_jobs", "threads_each"]
 
 ALL = 1_000_000  # jobs at a time on a cluster, which knows best
 
@@ -29,6 +32,13 @@ def how_of(jobs: int | None, on: str | None = None, resources: str | None = None
     """Read --jobs, --on and --resources. Raises ValueError that says what is allowed."""
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs {jobs}: at least 1 is needed")
+    if asked_for():
+        if on is not None or (jobs or 1) > 1:
+            raise ValueError(
+                "torch.distributed.run shares one fold among its processes: leave out --jobs and --on, or start comp "
+                "without it"
+            )
+        return How("ranks")
     if on not in (None, "ray"):
         raise ValueError(f"--on '{on}': allowed is ray; without it this machine does the work")
     if on == "ray":
@@ -78,14 +88,60 @@ def map_jobs(
     """
     if how.where == "serial" or len(jobs) == 0:
         return [_here(fn, job, say) for job in jobs]
+    if how.where == "ranks":
+        return [_together(fn, job, say, how.ranks) for job in jobs]
     if how.where == "ray":
         return _settled(jobs, Cluster(fn, jobs, how, say).run())
     return _settled(jobs, Processes(fn, jobs, how.num, threads_each(how), say, inherit).run())
 
 
-def _here(fn: Function, job: Job, say: Say) -> Any:
+def _together(fn: Function, job: Job, say: Say, ranks: OneRank) -> Any:
+    """Hand a job to the other ranks, and do it with them."""
+    ranks.of_first((fn, job.arguments))
+    return _here(fn, job, say, ranks)
+
+
+@contextmanager
+def joined(how: How) -> Iterator[How | None]:
+    """Join the processes that torch.distributed.run started, if it did; give the `how` of this one.
+
+    None = it is not the first, and has done its part when the block begins.
+    """
+    if how.where != "ranks":
+        yield how
+        return
+    with join() as ranks:
+        if not ranks.first:
+            _follow(ranks)
+            yield None
+            return
+        try:
+            yield replace(how, ranks=ranks)
+        finally:
+            ranks.of_first(None)  # the others may go
+
+
+def _follow(ranks: OneRank) -> None:
+    """Do with the first rank what it hands out, silently, until it has no more."""
+    while (given := ranks.of_first(None)) is not None:
+        fn, arguments = given
+        # what goes wrong goes wrong in the first rank too, which says so
+        with Stopper() as stopper, suppress(Stopped, ArithmeticError):
+            fn(*arguments, Link(_unheard, _unseen, stopper, ranks))
+        release_memory()
+
+
+def _unheard(line: str) -> None:
+    """Say nothing."""
+
+
+def _unseen(total: int, label: str, done: int = 0) -> NullProgress:
+    return NullProgress()
+
+
+def _here(fn: Function, job: Job, say: Say, ranks: OneRank = ALONE) -> Any:
     with Stopper() as stopper:
-        value = fn(*job.arguments, Link(say, open_progress, stopper))
+        value = fn(*job.arguments, Link(say, open_progress, stopper, ranks))
     if stopper.signal is not None:  # it came when the job had nothing left to stop
         raise Stopped(f"stopped after {job.name}", stopper.signal)
     release_memory()

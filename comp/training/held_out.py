@@ -26,6 +26,7 @@ from comp.training import oof
 from comp.training.checkpoint import load_weights, save_weights, step_of
 from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
 from comp.training.predict import Predictions, batch_tokens_of, predict
+from comp.training.ranks import ALONE, OneRank
 
 __all__ = ["HeldOut"]
 
@@ -56,10 +57,11 @@ class HeldOut:
         error_rate: float = 0.05,
         race_percent: float = 100,
         seed: int = 0,
+        ranks: OneRank = ALONE,
     ) -> None:
         self.model, self.encoded, self.rows = model, encoded, rows
         self.ids, self.classes, self.tasks = table.ids, table.classes, tasks
-        self.metrics, self.runtime, self.best_path = metrics, runtime, best_path
+        self.metrics, self.runtime, self.best_path, self.ranks = metrics, runtime, best_path, ranks
         self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
         self.decide, self.error_rate, self.race_percent = decide, error_rate, race_percent
@@ -188,16 +190,9 @@ class HeldOut:
 
     def _add(self, found: Predictions, places: NDArray[np.int64]) -> None:
         """Predict the rows at `places` by the weights in the model, into `found`."""
-        part = predict(
-            self.model,
-            self.encoded,
-            self.ids,
-            decoders=self.decoders,
-            runtime=self.runtime,
-            rows=self.rows[places],
-        )
+        part = self._values(self.rows[places])
         self.num_scored += len(places)
-        for name, values in part.values.items():
+        for name, values in part.items():
             if name not in found.values:
                 found.values[name] = np.full((len(self.rows), values.shape[1]), np.nan)
             found.values[name][places] = values
@@ -233,7 +228,15 @@ class HeldOut:
         return self._score(self.averaged)
 
     def _predict(self) -> Predictions:
-        return predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=self.rows)
+        return Predictions(self.ids[self.rows], self._values(self.rows))
+
+    def _values(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """Predict `rows` of the table by the weights in the model, each rank a part of them."""
+        own = self.ranks.part(rows)
+        found = None
+        if len(own):
+            found = predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=own)
+        return self.ranks.together(None if found is None else found.values, len(rows))
 
     def _score(self, found: Predictions) -> float:
         first = self.tasks[0].name
@@ -274,7 +277,8 @@ class HeldOut:
         """Keep the latest predictions, and the weights that made them at `step`, as the best."""
         assert self.last is not None
         self.best, self.best_mean, self.best_weights = self.last, self.last_mean, None
-        save_weights(self.best_path, self.model, step=step)
+        if self.ranks.first:
+            save_weights(self.best_path, self.model, step=step)
         if self._share(self.best) < 1:
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}
         elif self.decide != "full":
@@ -287,10 +291,12 @@ class HeldOut:
         (another machine), they stay. Then the model gets those weights, the rows are predicted anew, and their step
         and score are returned.
         """
-        step = step_of(self.best_path)
+        step = self.ranks.of_first(step_of(self.best_path) if self.ranks.first else None)
         if step is None or step == best_step:
             return None
-        load_weights(self.best_path, self.model)
+        if self.ranks.first:
+            load_weights(self.best_path, self.model)
+        self.ranks.spread(self.model)
         self.best = self._predict()
         return step, self._score(self.best)
 

@@ -12,6 +12,7 @@ from comp.progress import OpenProgress
 from comp.runs import DiskFullError
 from comp.runtime import Stopper, is_ours, release_memory
 from comp.training.memory import ADVICE, is_memory
+from comp.training.ranks import ALONE, OneRank
 from comp.training.trainer import Stopped
 
 __all__ = ["Found", "Function", "How", "Job", "Link", "Outcome", "Say", "do", "read_more"]
@@ -24,10 +25,12 @@ Function: TypeAlias = Callable[..., Any]
 class How:
     """Where jobs are done, and how many at a time."""
 
-    where: Literal["serial", "processes", "ray"] = "serial"
+    where: Literal["serial", "processes", "ray", "ranks"] = "serial"
     num: int = 1
     resources: Mapping[str, float] = field(default_factory=dict)
     """What a job asks of a Ray cluster: cpu, gpu, memory (GiB) and what it has by other names; 1 cpu by default."""
+    ranks: OneRank = ALONE
+    """This process among those that do every job together."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Link:
     open_progress: OpenProgress
     stopper: Stopper
     """Its `signal` says that the job is to stop."""
+    ranks: OneRank = ALONE
+    """The processes that do this job together."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, random_state, seed_everything, set_random_state
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
-from comp.tracking import Watched, open_tracker
+from comp.tracking import NullTracker, Watched, open_tracker
 from comp.training.assembly import (
     build_adversary,
     build_averager,
@@ -44,6 +44,7 @@ from comp.training.held_out import HeldOut
 from comp.training.job import Link, Say
 from comp.training.lessons import NoPseudo, Stages
 from comp.training.objective import Objective
+from comp.training.ranks import OneRank
 from comp.training.resume import SaveEvery, Saver, read_state, start_digest
 from comp.training.trainer import Parts, TrainState, fit
 
@@ -104,26 +105,31 @@ def train_job(plan: Plan, fold: Fold, link: Link) -> None:
     """Train one fold as a job of `map_jobs`, here or in another process."""
     runtime = open_runtime(plan.config.training.precision)
     plan = replace(plan, runtime=runtime, say=link.say, open_progress=link.open_progress)
-    train_fold(plan, fold, link.stopper)
+    train_fold(plan, fold, link.stopper, link.ranks)
 
 
-def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
-    """Train one fold from seed, or from its saved state, to done.json."""
+def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None:
+    """Train one fold from seed, or from its saved state, to done.json; of several `ranks` the first writes."""
     config, table, runtime = plan.config, plan.table, plan.runtime
     folder = plan.folder.fold(fold)
-    sweep(folder.path)
-    saved = read_state(folder, plan.say)
-    if saved is None and folder.path.exists():
+    if ranks.first:
+        sweep(folder.path)
+    saved = ranks.of_first(read_state(folder, plan.say) if ranks.first else None)
+    if saved is None and folder.path.exists() and ranks.first:
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
     training, held_out = rows_of(fold, config, table, plan.folding)
-    folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
+    if ranks.first:
+        folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
     model, fresh = plan.ready.take(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
     start = start_digest(model)
+    ranks.check_same(start)
+    ranks.reseed(config.training.seed)
     model.to(runtime.device)
-    with full_disk_said(plan.folder.backbone):
-        save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
+    if ranks.first:
+        with full_disk_said(plan.folder.backbone):
+            save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
     groups = build_fold_groups(config, model, fresh)
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
@@ -135,7 +141,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
                 "the blocks of this model are one block, used at every depth (ALBERT): groups.layout "
                 f"'{config.groups.layout}' gives it the one rate of the table"
             )
-    write_text(folder.groups, table_text + "\n")
+    if ranks.first:
+        write_text(folder.groups, table_text + "\n")
     optimizer = build_fold_optimizer(config, groups)
     PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
 
@@ -155,16 +162,21 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         best_path=folder.best,
         **config.evaluation.deciding,
         seed=config.training.seed,
+        ranks=ranks,
     )
-    tracker = open_tracker(
-        config.tracking,
-        competition=config.competition.name,
-        run_name=plan.folder.name,
-        fold=fold,
-        folder=folder.path,
-        metrics_path=folder.metrics,
-        config_dict=config.model_dump(mode="json"),
-        mark=saved["tracker"] if saved else None,
+    tracker = (
+        NullTracker()
+        if not ranks.first
+        else open_tracker(
+            config.tracking,
+            competition=config.competition.name,
+            run_name=plan.folder.name,
+            fold=fold,
+            folder=folder.path,
+            metrics_path=folder.metrics,
+            config_dict=config.model_dump(mode="json"),
+            mark=saved["tracker"] if saved else None,
+        )
     )
     tracker = Watched(tracker, partial(plan.watch, fold), num_steps)
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
@@ -177,6 +189,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         mark=tracker.mark,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
+        ranks=ranks,
     )
     progress = plan.open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
@@ -211,7 +224,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         is_better=partial(is_better, config.metric),
         cadence=stages.cadence() if fold != "full" else Never(),
         saver=saver,
-        stop_asked=lambda: stopper.signal,
+        stop_asked=lambda: ranks.most(stopper.signal),
         tracker=tracker,
         progress=progress,
         epochs=stages.epochs,
@@ -223,7 +236,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         whole_batch=config.whole_batch,
         # On a CPU memory does not run out in words: the system ends the process.
         largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes) if on_gpu else None,
-        blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
+        blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about) if ranks.first else "",
+        ranks=ranks,
     )
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     padding = {"training": stages.padding(plan.encoded), "evaluation": held.padding()}
@@ -234,16 +248,19 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         if saved is not None:
             plan.say(f"fold {fold}: goes on after step {state.step}")
         state = fit(parts, state)
-        with showing():
-            save_weights(folder.last, model)
-        averaged = finish_average(averager, held if fold != "full" else None, folder.averaged, model)
+        if ranks.first:
+            with showing():
+                save_weights(folder.last, model)
+        tried = held if fold != "full" else None
+        averaged = finish_average(averager, tried, folder.averaged, model, writes=ranks.first)
         if fold != "full":
             settled = held.settle(state.best_step)
             if settled is not None:
                 state.best_step, state.best_score = settled
                 plan.say(f"fold {fold}: the best weights are those of step {state.best_step}, from before the stop")
-            held.write(folder.oof, int(fold))
-            held.write_history(folder.evaluations)
+            if ranks.first:
+                held.write(folder.oof, int(fold))
+                held.write_history(folder.evaluations)
         summary = _summary(state, averaged, saver.seconds) | {"padding": padding, "rows_scored": held.scored_share}
         tracker.summary(summary)
     finally:
@@ -255,8 +272,9 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
             f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
             f"last {state.last_score:.5f}, {also}{state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
         )
-    write_json(folder.done, summary)  # a fold is finished when this file is there
-    folder.drop_state()
+    if ranks.first:
+        write_json(folder.done, summary)  # a fold is finished when this file is there
+        folder.drop_state()
 
 
 def _summary(state: TrainState, averaged: float | None, seconds: float) -> dict[str, Any]:

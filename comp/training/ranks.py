@@ -1,6 +1,8 @@
 """Several processes on one fold: every window's rows are shared out, and the gradients summed.
 
-    python -m torch.distributed.run --standalone --nproc_per_node 2 -m comp train --config large
+    python -m torch.distributed.run --standalone --nproc_per_node 2 -m -- comp train --config large
+
+(`--` keeps torch.distributed.run from taking comp's `--run` for an option of its own.)
 
 Each rank has the whole model. A loss is already divided by the items of its whole window, so the sum of the ranks'
 gradients is that of one process, whatever the rows of each: a rank without rows in a ragged window adds nothing. Rank
@@ -25,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["OneRank", "Ranks", "asked_for", "join"]
+__all__ = ["ALONE", "OneRank", "Ranks", "asked_for", "join"]
 
 Rows: TypeAlias = NDArray[np.int64]
 Gather: TypeAlias = Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]
@@ -90,6 +92,9 @@ class OneRank:
 
     def spread(self, model: nn.Module) -> None:
         """Give every rank the weights of the first."""
+
+
+ALONE = OneRank()
 
 
 class Ranks(OneRank):

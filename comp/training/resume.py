@@ -22,6 +22,7 @@ from torch import nn
 
 from comp.runs import FoldFolder, digest, write_atomic
 from comp.runtime import random_state, set_random_state
+from comp.training.ranks import ALONE, OneRank
 from comp.training.trainer import TrainState
 
 __all__ = ["SaveEvery", "Saver", "parse_save_every", "read_state", "start_digest"]
@@ -81,11 +82,12 @@ class Saver:
         every: SaveEvery,
         seconds: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
+        ranks: OneRank = ALONE,
     ) -> None:
         self.folder, self.parts, self.start, self.mark, self.every = folder, parts, start, mark, every
         self.clock, self.began, self.before = clock, clock(), seconds
         self.saved_at, self.saving = self.began, 0.0
-        self.weight_bytes, self.warned = weight_bytes, False
+        self.weight_bytes, self.warned, self.ranks = weight_bytes, False, ranks
 
     @property
     def seconds(self) -> float:
@@ -93,7 +95,10 @@ class Saver:
         return self.before + self.clock() - self.began
 
     def due(self, step: int, evaluated: bool) -> bool:
-        """Tell whether to save after optimizer step `step`, which was `evaluated` or not."""
+        """Tell whether to save after optimizer step `step`, which was `evaluated` or not: the first rank's clock."""
+        return bool(self.ranks.of_first(self._due(step, evaluated)))
+
+    def _due(self, step: int, evaluated: bool) -> bool:
         unit, number = self.every.unit, self.every.number
         if unit == "steps":
             return step % int(number) == 0
@@ -108,6 +113,10 @@ class Saver:
 
         Without room for one more, a warning is given and none is written (False): training matters more.
         """
+        random = self.ranks.each(random_state())
+        return bool(self.ranks.of_first(self._write(state, random) if self.ranks.first else False))
+
+    def _write(self, state: TrainState, random: Any) -> bool:
         started = self.clock()
         if not self._room():
             return False
@@ -115,7 +124,7 @@ class Saver:
             "start": self.start,
             "seconds": self.seconds,
             "train": asdict(state),
-            "random": random_state(),
+            "random": random,
             "tracker": self.mark(),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
@@ -158,7 +167,7 @@ class Saver:
             )
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        set_random_state(saved["random"])
+        set_random_state(self.ranks.own(saved["random"]))
         return TrainState(**saved["train"])
 
 

@@ -99,7 +99,7 @@ def run_seeds(
         for seed in seeds
     }
     options: dict[str, Any] = {"restart": restart, "save_every": save_every, "how": how, "say": say}
-    if how.where == "serial":
+    if how.where in ("serial", "ranks"):  # one fold at a time
         found = {seed: crossval.run(own[seed], f"{name}-seed{seed}", folds, **options) for seed in seeds}
         return _summed_up(name, found, say)
     with ExitStack() as stack:

@@ -23,7 +23,8 @@ from comp.progress import NullProgress
 from comp.runtime import random_state, release_memory, set_random_state
 from comp.tracking import Tracker
 from comp.training.early import Evaluation
-from comp.training.memory import Exhausted, cut, halved, running_out
+from comp.training.memory import ADVICE, Exhausted, cut, halved, running_out
+from comp.training.ranks import ALONE, OneRank
 
 __all__ = ["NonFiniteError", "Parts", "Stopped", "TrainState", "fit"]
 
@@ -150,6 +151,8 @@ class Parts:
     """What forbids to part a batch into smaller micro-batches; None = nothing."""
     largest: Sequence[Rows] | None = None
     """The window that takes most memory, to be tried after the first step; None = not tried."""
+    ranks: OneRank = ALONE
+    """The processes that share this fold."""
     blame: Callable[[Rows, dict[str, float]], str] = lambda rows, about: ""
     """Keep the rows of a step that is not finite, and return words that name them."""
 
@@ -235,6 +238,8 @@ def _gradient(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.
         state.num_tokens = tokens
         set_random_state(random)
         release_memory()
+        if parts.ranks.size > 1:  # the others wait for this one's part of the step
+            raise ValueError(f"memory ran out ({reason}); lower training.micro_batch_size, or try {ADVICE}")
         state.micro_rows = halved(micro, parts.whole_batch, state.step + 1, reason)
 
 
@@ -250,15 +255,18 @@ def _rehearse(parts: Parts, state: TrainState, window: Sequence[Rows]) -> None:
 def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.Tensor:
     """Accumulate the gradient of one window; return its mean loss, still on the device."""
     items = parts.count(np.concatenate(window))
-    total = torch.zeros((), device=parts.device)
-    for rows in window:
-        batch = parts.collate(rows).to(parts.device)
-        with parts.autocast():
-            outputs = parts.outputs(batch)
-        loss = parts.loss(outputs, batch, items)
-        parts.scaler.scale(loss).backward()
-        total += loss.detach()
-        state.num_tokens += batch.num_tokens
+    total, tokens = torch.zeros((), device=parts.device), 0
+    with parts.ranks.summing(parts.model) as gather:
+        for rows in parts.ranks.share(window):
+            batch = parts.collate(rows).to(parts.device)
+            with parts.autocast():
+                outputs = parts.outputs(batch)
+            loss = parts.loss(outputs, batch, items)
+            parts.scaler.scale(loss).backward()
+            total += loss.detach()
+            tokens += batch.num_tokens
+        total, tokens = gather(total, tokens)
+    state.num_tokens += tokens
     return total
 
 
