@@ -36,6 +36,9 @@ LAYERS = {
     "runs.py": 0,
     "lock.py": 0,
     "runtime.py": 0,
+    "tracker.py": 0,
+    "tracking_wandb.py": 0,
+    "tracking_others.py": 0,
     "tracking.py": 0,
     "metrics.py": 0,
     "doctor.py": 0,
@@ -129,9 +132,12 @@ LAYERS = {
     "ship/compare.py": 6,
     "ship/explain.py": 6,
     "ship/explain_page.py": 6,
+    "ship/tracked.py": 6,
+    "ship/track_sync.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
     "cli_ship.py": 7,
+    "cli_track.py": 7,
     "cli.py": 7,
 }
 EMPTY = (
@@ -159,12 +165,23 @@ FORBIDDEN = {
 }
 """The loop receives finished parts: no catalogue, no technique, no config."""
 
-ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp", "kaggle", "nbclient")
+ONE_FILE_ONLY = (
+    "wandb",
+    "ray",
+    "optuna",
+    "matplotlib",
+    "captum",
+    "lit_nlp",
+    "kaggle",
+    "nbclient",
+    "tensorboard",
+    "trackio",
+)
 """Optional packages: each is imported in one file, inside the function that needs it."""
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}}
+AT_THE_TOP = {"cli.py": {"typer"}, "cli_ship.py": {"typer"}, "cli_track.py": {"typer"}}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 

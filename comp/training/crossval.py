@@ -15,6 +15,7 @@ from comp.lock import hold
 from comp.model.backbone import load_tokenizer, vocabulary_digest
 from comp.runs import RunFolder, claim, sweep, write_json
 from comp.runtime import Stopper, open_runtime, release_memory
+from comp.tracking import check_tracking
 from comp.training import oof
 from comp.training.assembly import build_fold_groups, build_fold_model, build_fold_optimizer
 from comp.training.checkpoint import bytes_of
@@ -68,6 +69,7 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
         raise ValueError(
             "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
         )
+    check_tracking(config.tracking)
     folder = RunFolder(Path("runs") / name)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)

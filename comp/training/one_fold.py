@@ -26,7 +26,7 @@ from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, seed_everything
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
-from comp.tracking import open_tracker
+from comp.tracking import best_values, open_tracker
 from comp.training.assembly import (
     build_adversary,
     build_averager,
@@ -125,6 +125,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         metrics_path=folder.metrics,
         config_dict=config.model_dump(mode="json"),
         mark=saved["tracker"] if saved else None,
+        best=best_values(config),
     )
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
     scaler = runtime.grad_scaler()
