@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from comp.runs import write_atomic
-from comp.tracker import NullTracker, Tracker, warn, without_secrets
+from comp.tracker import NullTracker, Tracker, warn
 
 __all__ = ["WandbTracker", "has_key", "host_of_wandb", "installed", "relocate", "start_wandb", "wandb_mode"]
 
