@@ -1,4 +1,4 @@
-"""The subcommands that look at a run with other people's tools: trackers. One short function each, as in cli.py."""
+"""The subcommands for other people's tools: trackers, LIT. One short function each, as in cli.py."""
 
 from __future__ import annotations
 
@@ -44,3 +44,18 @@ def track_scores(
         file = RunFolder(path).config
         tracking = config_file.load(file, overrides or []).tracking if overrides and file.exists() else None
         send(path, tracking, again=again)
+
+
+@track_app.command()
+def lit(
+    run: Annotated[str, typer.Argument(help="Run folder.")],
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 = any that is free.")] = 5432,
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 = for other machines, too.")] = "127.0.0.1",
+    browse: Annotated[bool, typer.Option("--open/--no-open", help="Open it in a browser.")] = True,
+    weights: Annotated[str, typer.Option(help="best (by validation), last, or averaged.")] = "best",
+    rows: Annotated[int, typer.Option(help="Most rows of a data set; of more a sample is drawn.")] = 2000,
+) -> None:
+    """Serve the Language Interpretability Tool: out-of-fold rows, each predicted by the model that did not see it."""
+    from comp.ship.lit import serve
+
+    serve(run, host=host, port=port, browse=browse, weights=weights, most=rows)

@@ -134,6 +134,7 @@ LAYERS = {
     "ship/explain_page.py": 6,
     "ship/tracked.py": 6,
     "ship/track_sync.py": 6,
+    "ship/lit.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
     "cli_ship.py": 7,

@@ -454,7 +454,7 @@ print(json.dumps([run.name, run.config, SQLiteStorage.get_logs("clear", run.name
         env={**os.environ, "TRACKIO_DIR": str(tmp_path / "store")},
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
-    name, config, logs = json.loads(told.stdout.splitlines()[-1])
+    name, config, logs = json.loads(next(line for line in told.stdout.splitlines() if line.startswith("[")))
     assert name == "large-fold1" and config["model"] == {"max_length": 64} and config["_Group"] == "large"
     assert [(row["step"], row["train/loss"]) for row in logs if "train/loss" in row] == [(1, 1.0), (2, 0.5)]
     kinds = {key: value["_type"] for row in logs for key, value in row.items() if isinstance(value, dict)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
             say(f"fold {fold}: finished before, skipped (--restart trains it again)")
         else:
             with Stopper() as stopper:
-                train_fold(plan, fold, stopper)
+                later = [one for one in wanted[wanted.index(fold) + 1 :] if not folder.fold(one).done.exists()]
+                train_fold(replace(plan, to_come=len(later)), fold, stopper)
             if stopper.signal is not None:  # it came while the fold was being written, after the last step
                 raise Stopped(f"stopped after fold {fold}", stopper.signal)
             release_memory()

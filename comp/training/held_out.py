@@ -17,6 +17,7 @@ from comp.data.tokens import Encoded
 from comp.metrics import evaluate, evaluate_known
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
+from comp.progress import DELAY, open_progress
 from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
@@ -71,7 +72,19 @@ class HeldOut:
         return self._score(self.averaged)
 
     def _predict(self) -> Predictions:
-        return predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=self.rows)
+        progress = open_progress(len(self.rows), "evaluating", "row", delay=DELAY)
+        try:
+            return predict(
+                self.model,
+                self.encoded,
+                self.ids,
+                decoders=self.decoders,
+                runtime=self.runtime,
+                rows=self.rows,
+                on_batch=progress.advance,
+            )
+        finally:
+            progress.close()
 
     def _score(self, found: Predictions) -> float:
         first = self.tasks[0].name

@@ -66,6 +66,8 @@ class Plan:
     runtime: Runtime
     save_every: SaveEvery
     say: Say
+    to_come: int = 0
+    """Folds that are still to be trained after the present one: the time left for the whole run."""
 
 
 def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
@@ -138,7 +140,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
     )
-    progress = open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
+    begun = saved["train"]["step"] if saved else 0
+    progress = open_progress(num_steps, f"fold {fold}", done=begun, to_come=plan.to_come * num_steps)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
         config.tasks,
