@@ -49,7 +49,7 @@ class Progress(NullProgress):
         if self._to_come:
             done = self._bar.n + count - self._bar.initial
             seconds = time.time() - self._bar.start_t
-            left = (self._bar.total - self._bar.n - count + self._to_come) * seconds / max(done, 1)
+            left = ((self._bar.total or 0) - self._bar.n - count + self._to_come) * seconds / max(done, 1)
             self._bar.set_postfix_str(f"{self._shown} all {_clock(left)}".strip(), refresh=False)
         elif shown:
             self._bar.set_postfix_str(self._shown, refresh=False)

@@ -39,9 +39,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Callable[.
         if case not in made:
             folder = tmp_path_factory.mktemp(case)
             kind = {"pair": "binary", "classical": "regression"}.get(case, case)
-            competition = write_tiny_competition(
-                folder / "data", kind, pair=case == "pair", train_rows=36, test_rows=6
-            )
+            competition = write_tiny_competition(folder / "data", kind, pair=case == "pair", train_rows=36, test_rows=6)
             settings = competition.config(tiny_model_folder("bert"))
             if case == "ordinal":
                 settings["tasks"][0]["loss"] = {"name": "ordinal"}
@@ -183,7 +181,7 @@ def ask(address: str, what: str, data: Any) -> Any:
     request = urllib.request.Request(
         f"{address}/{what}", json.dumps(data).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=300) as answer:
         return json.load(answer)
 
 
@@ -210,11 +208,11 @@ def test_the_page_in_a_real_browser_shows_what_predict_says(
         page = browser.new_page(viewport={"width": 1500, "height": 950})
         faults: list[str] = []
         page.on("pageerror", lambda fault: faults.append(str(fault)))
-        page.goto(f"{address}/?models=tiny&dataset=dev", wait_until="networkidle", timeout=120_000)
-        page.locator("lit-data-table").first.wait_for(timeout=120_000)
+        page.goto(f"{address}/?models=tiny&dataset=dev", wait_until="networkidle", timeout=300_000)
+        page.locator("lit-data-table").first.wait_for(timeout=300_000)
         first = next(iter(wanted))
-        page.get_by_text(first, exact=True).first.click(timeout=60_000)
-        page.wait_for_timeout(3000)
+        page.get_by_text(first, exact=True).first.click(timeout=300_000)
+        page.wait_for_timeout(5000)
         shown = page.locator("body").evaluate(
             """body => { const all = []; const walk = node => {
                 if (node.shadowRoot) walk(node.shadowRoot);

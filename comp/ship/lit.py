@@ -129,7 +129,7 @@ def _examples(run: LoadedRun, table: Table, places: Sequence[int], folds: Sequen
         one |= {name: str(texts[place]) for name, texts in zip(names, table.texts, strict=True)}
         for column, (name, labels) in enumerate(kinds.items()):
             value = table.targets[task.name][place, column]
-            one[name] = float(value) if labels is None else labels[int(value)]
+            one[name] = float(f"{value:.7g}") if labels is None else labels[int(value)]
         found.append(one)
     return found
 
@@ -207,7 +207,7 @@ def lit_parts(run: LoadedRun, rows: Mapping[str, Rows], table: Table | None) -> 
     if predictor.has_vectors:
         outputs["vector"] = types.Embeddings()
 
-    class RunModel(lit.model.Model):  # type: ignore[misc, name-defined]
+    class RunModel(lit.model.Model):  # type: ignore[name-defined]
         """A run of comp's: each row by the model of its fold."""
 
         predictor: RunPredictor
@@ -234,7 +234,7 @@ def lit_parts(run: LoadedRun, rows: Mapping[str, Rows], table: Table | None) -> 
                 found[f"predicted_{name}"] = one if labels is None else np.array([1 - one, one])
             return {**found, "vector": vector} if self.predictor.has_vectors else found
 
-    class RunRows(lit.dataset.Dataset):  # type: ignore[misc, name-defined]
+    class RunRows(lit.dataset.Dataset):  # type: ignore[name-defined]
         """Rows of a run."""
 
         def __init__(self, own: Rows, about: str, with_targets: bool) -> None:
