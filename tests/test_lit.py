@@ -225,7 +225,7 @@ def test_the_page_in_a_real_browser_shows_what_predict_says(
         browser.close()
     assert not faults
     numbers = [float(text) for text in shown if text.replace(".", "", 1).replace("-", "", 1).isdigit()]
-    assert any(number == pytest.approx(wanted[first], abs=6e-4) for number in numbers), (wanted[first], shown)
+    assert any(number == pytest.approx(wanted[first], abs=6e-5) for number in numbers), (wanted[first], shown)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 Its data are the run's out-of-fold rows, each predicted by the fold model that did not see it, and the test table,
 predicted by the mean of the models. A text that is edited in the tool goes to the model of its row. Extra `lit`.
+
+The tool's icons are a font from the web: without a network their names stand in their place, and all else works.
 """
 
 from __future__ import annotations
