@@ -106,7 +106,10 @@ def test_an_edited_text_goes_to_the_model_of_its_row(
     monkeypatch.chdir(runs("binary"))
     run = load("runs/tiny")
     predictor = RunPredictor(run)
-    edited = [{"id": "x", "text": "a lovely bright ship", FOLD: fold} for fold in ("1", "0", "1", ALL)]
+    edited = [
+        {"id": f"x{place}", "text": "a lovely bright ship", FOLD: fold}
+        for place, fold in enumerate(("1", "0", "1", ALL))
+    ]
     found = np.array([values for values, _ in predictor.predict(edited)])
     assert np.allclose(found, by_predict(edited), atol=1e-6)
     assert found[0] == found[2] != found[1]
