@@ -29,6 +29,7 @@ CATALOGUES: dict[str, str] = {
     "estimators": "comp.blend.classical:ESTIMATORS",
     "blenders": "comp.blend.ensemble:BLENDERS",
     "calibrators": "comp.blend.calibration:CALIBRATORS",
+    "trackers": "comp.tracking_others:TRACKERS",
 }
 
 RowT = TypeVar("RowT")

@@ -6,14 +6,19 @@ import errno
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from comp.cli_pretrain import pretrain_app
 from comp.cli_search import search_app
 from comp.cli_ship import ship_app
+from comp.cli_track import track_app
+
+if TYPE_CHECKING:
+    from comp.config import Config
 
 app = typer.Typer(
     name="comp",
@@ -28,12 +33,13 @@ app.add_typer(config_app, name="config")
 app.add_typer(pretrain_app)
 app.add_typer(ship_app)  # without a name: its commands stand beside these
 app.add_typer(search_app)
+app.add_typer(track_app)
 
 ConfigOption = Annotated[str, typer.Option("--config", help="Config file; a bare name is also looked up in configs/.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value over the config, e.g. training.epochs=2; repeatable.")
 ]
-DEBUG = ["training.max_rows=64", "training.epochs=1", "tracking.wandb=off"]
+DEBUG = ["training.max_rows=64", "training.epochs=1", "tracking.wandb=off", "tracking.also=[]"]
 
 
 @app.command()
@@ -98,6 +104,13 @@ def train(
     except KeyboardInterrupt:
         print(f"comp: stopped; the same command goes on from what runs/{name} has saved")
         raise typer.Exit(130) from None
+    _track_scores([name] if seeds is None else [f"{name}-seed{seed}" for seed in parse_seeds(seeds)], loaded)
+
+
+def _track_scores(names: Sequence[str], config: Config) -> None:
+    from comp.ship.tracked import track_all
+
+    track_all([Path("runs") / name for name in names], config.tracking)
 
 
 @app.command()
@@ -121,6 +134,7 @@ def classical(
     check_name(name, "--run", "runs")
     options = config_file.parse_pairs(option or [], "--option")
     run_classical(loaded, name, features=features, estimator=estimator, options=options, folds=fold, restart=restart)
+    _track_scores([name], loaded)
 
 
 @app.command()

@@ -252,7 +252,7 @@ class Model(Section):
 
 
 class Tracking(Section):
-    """Weights & Biases. metrics.jsonl is always written."""
+    """Weights & Biases and other trackers. metrics.jsonl is always written."""
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
     """auto = online with an API key, else offline; not installed = off."""
@@ -262,6 +262,8 @@ class Tracking(Section):
     """W&B group; null = the run's name."""
     tags: list[str] = Field(default_factory=list)
     """W&B tags."""
+    also: list[Literal["tensorboard", "trackio"]] = Field(default_factory=list)
+    """More trackers (see `comp list trackers`), each an extra of its name; they use the project and group above."""
 
 
 class Config(Section):

@@ -41,6 +41,9 @@ LAYERS = {
     "lock.py": 0,
     "runtime.py": 0,
     "worker.py": 0,
+    "tracker.py": 0,
+    "tracking_wandb.py": 0,
+    "tracking_others.py": 0,
     "tracking.py": 0,
     "metrics.py": 0,
     "doctor.py": 0,
@@ -154,11 +157,15 @@ LAYERS = {
     "ship/compare.py": 6,
     "ship/explain.py": 6,
     "ship/explain_page.py": 6,
+    "ship/tracked.py": 6,
+    "ship/track_sync.py": 6,
+    "ship/lit.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
     "cli_pretrain.py": 7,
     "cli_ship.py": 7,
     "cli_search.py": 7,
+    "cli_track.py": 7,
     "cli.py": 7,
 }
 EMPTY = (
@@ -186,12 +193,23 @@ FORBIDDEN = {
 }
 """The loop receives finished parts: no catalogue, no technique, no config."""
 
-ONE_FILE_ONLY = ("wandb", "ray", "optuna", "matplotlib", "captum", "lit_nlp", "kaggle", "nbclient")
+ONE_FILE_ONLY = (
+    "wandb",
+    "ray",
+    "optuna",
+    "matplotlib",
+    "captum",
+    "lit_nlp",
+    "kaggle",
+    "nbclient",
+    "tensorboard",
+    "trackio",
+)
 """Optional packages: each is imported in one file, inside the function that needs it."""
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {name: {"typer"} for name in ("cli.py", "cli_ship.py", "cli_pretrain.py", "cli_search.py")}
+AT_THE_TOP = {f"cli{of}.py": {"typer"} for of in ("", "_ship", "_pretrain", "_search", "_track")}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from comp import tracking
+from comp import tracking_wandb
 from comp.config import Tracking
 from comp.tracking import JsonlTracker, NullTracker, Trackers, WandbTracker, open_tracker, wandb_mode
 
@@ -27,7 +27,7 @@ def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "find_spec", lambda name: SimpleNamespace(origin="somewhere"))
+    monkeypatch.setattr(tracking_wandb, "find_spec", lambda name: SimpleNamespace(origin="somewhere"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def test_an_interrupt_is_not_swallowed():
 def test_off_and_absent_package(monkeypatch: pytest.MonkeyPatch):
     assert wandb_mode("off") == ("off", "tracking.wandb is off")
     for absent in (None, SimpleNamespace(origin=None)):  # the second: a folder ./wandb of earlier runs
-        monkeypatch.setattr(tracking, "find_spec", lambda name, found=absent: found)
+        monkeypatch.setattr(tracking_wandb, "find_spec", lambda name, found=absent: found)
         assert wandb_mode("auto") == ("off", "wandb is not installed")
         for setting in ("online", "offline"):
             with pytest.raises(ValueError, match=rf"wandb is {setting}, but .*`pip install wandb`.*comp\[track\]"):
@@ -169,7 +169,7 @@ def test_off_is_jsonl_alone(tmp_path: Path):
 
 
 def test_explicit_offline_without_the_package_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking_wandb, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install wandb"):
         _open(tmp_path, "offline")
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -183,6 +183,10 @@ class FakeRun:
         self.logged: list[tuple[dict, int]] = []
         self.summary: dict[str, Any] = {}
         self.finished, self.id = False, "a1b2"
+        self.metrics: dict[str, dict[str, Any]] = {}
+
+    def define_metric(self, name: str, **given: Any) -> None:
+        self.metrics[name] = given
 
     def log(self, values: dict, step: int) -> None:
         self.logged.append((values, step))
@@ -247,7 +251,7 @@ def test_online_run_has_its_names_and_a_short_timeout(fake: Any, tmp_path: Path)
     tracker.log({"loss": 1.0}, step=3)
     tracker.summary({"score": 0.5})
     tracker.finish()
-    assert (run.logged, run.summary, run.finished) == ([({"loss": 1.0}, 3)], {"score": 0.5}, True)
+    assert (run.logged, run.summary, run.finished) == ([({"loss": 1.0, "step": 3}, 3)], {"score": 0.5}, True)
     assert "WANDB_DIR" not in os.environ  # put back: the next fold has its own
 
 
@@ -287,7 +291,9 @@ def test_project_group_and_full_fold(fake: Any, tmp_path: Path):
 @pytest.mark.parametrize("name", ["CommError", "UsageError"])
 def test_online_falls_back_to_offline(fake: Any, tmp_path: Path, name: str):
     module = fake(getattr(FakeWandb.errors, name)("no route"))
-    with pytest.warns(RuntimeWarning, match=rf"cannot be reached \({name}: no route\); tracking offline.*wandb sync"):
+    with pytest.warns(
+        RuntimeWarning, match=rf"cannot be reached \({name}: no route\); tracking offline.*comp track sync"
+    ):
         tracker = _open(tmp_path, "auto")
     assert [given["mode"] for given in module.inits] == ["online", "offline"]
     assert isinstance(tracker.trackers[1], WandbTracker)

@@ -24,6 +24,7 @@ from comp.config import Config
 from comp.data.tables import Table
 from comp.lock import hold
 from comp.metrics import evaluate
+from comp.progress import open_progress
 from comp.runs import FoldFolder, RunFolder, claim, digest, read_json, write_json, write_stream
 from comp.runtime import Runtime, open_runtime
 from comp.training import oof
@@ -131,9 +132,9 @@ class Fit:
         truth = one_hot(self.targets, self.num_outputs, self.kind)
         return fit_predict(lambda: row.make(self.kind in PROBABILITIES, **options), self.kind, seen, truth, there)
 
-    def choose(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return hyperparameters: `given` ones as they are, the others the best of the grid by inner folds."""
-        from sklearn.model_selection import KFold, ParameterGrid
+    def grid(self, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the hyperparameters to choose from: `given` ones as they are, the others those of the catalogue."""
+        from sklearn.model_selection import ParameterGrid
 
         row = pick(ESTIMATORS, self.name, "estimator")
         unknown = [name for name in given if name not in row.grid]
@@ -141,10 +142,15 @@ class Fit:
             raise ValueError(
                 f"estimator '{self.name}' has no option '{unknown[0]}'; allowed: {', '.join(row.grid) or 'none'}"
             )
-        grid: list[dict[str, Any]] = list(
-            ParameterGrid({**row.grid, **{name: [value] for name, value in given.items()}})
-        )
+        return list(ParameterGrid({**row.grid, **{name: [value] for name, value in given.items()}}))
+
+    def choose(self, given: Mapping[str, Any], advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Return the best of the grid by inner folds; `advance` is called after each of it."""
+        from sklearn.model_selection import KFold
+
+        grid = self.grid(given)
         if len(grid) == 1:
+            advance()
             return dict(grid[0])
         inner = list(KFold(INNER_FOLDS, shuffle=True, random_state=0).split(self.targets))
 
@@ -155,7 +161,10 @@ class Fit:
                 found[held] = part.predict(options, self.seen[held])
             return Problem(found[None], self.targets, self.kind, self.metric).loss(found)
 
-        losses = [loss(one) for one in grid]
+        losses = []
+        for one in grid:
+            losses.append(loss(one))
+            advance()
         return grid[losses.index(min(losses))]
 
 
@@ -239,10 +248,17 @@ def _run(
         targets = table.targets[task.name].astype(np.float64)
         num_outputs = len(oof.output_names(task, table.classes))
         fit = Fit(estimator, task.kind, config.metric, matrix[training], targets[training], num_outputs)
-        best = fit.choose(options)
+        size = len(fit.grid(options)) + 1  # the last is the fit that counts
+        later = [one for one in wanted[wanted.index(fold) + 1 :] if not folder.fold(one).done.exists()]
+        progress = open_progress(size, f"fold {fold}", "fit", to_come=len(later) * size)
+        try:
+            best = fit.choose(options, progress.advance)
+            values = fit.predict(best, matrix[held]) if fold != "full" else np.zeros((0, num_outputs))
+            progress.advance()
+        finally:
+            progress.close()
         score: float | None = None
         if fold != "full":
-            values = fit.predict(best, matrix[held])
             found = Predictions(table.ids[held], {task.name: values})
             score = evaluate(config.metric, targets[held], values, task.kind)
             own_targets = {task.name: table.targets[task.name][held]}

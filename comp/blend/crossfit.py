@@ -7,7 +7,7 @@ is fitted (weights, thresholds, calibration) is fitted again for each fold on th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from comp.blend.ensemble import BLENDERS, Floats, Parameters, Problem, apply_ble
 from comp.blend.members import Members
 from comp.catalog import pick
 from comp.metrics import METRICS
+from comp.progress import DELAY, open_progress
 from comp.runs import commit, now, read_json, write_atomic, write_json, write_stream
 
 __all__ = [
@@ -133,14 +134,29 @@ class Report:
 
 def examine(members: Members, recipe: Recipe) -> tuple[dict[str, Parameters], Report]:
     """Fit a blend to all rows and score it, its runs, and itself without each of them."""
+    problem = members.problem
+    runs = list(range(len(problem.preds)))
+    size = 1 + (1 if len(runs) < 2 else 2) * len(runs)
+    progress = open_progress(1 + size, "blending", "fit", delay=DELAY)
+    try:
+        return _examine(members, recipe, runs, progress.advance)
+    finally:
+        progress.close()
+
+
+def _examine(
+    members: Members, recipe: Recipe, runs: list[int], advance: Callable[[], None]
+) -> tuple[dict[str, Parameters], Report]:
     problem, fold = members.problem, members.fold
     parameters = recipe.fit(problem)
+    advance()
     several = len(np.unique(fold)) > 1
 
     def honest(part: Problem, how: Recipe) -> Floats:
-        return cross_fit(part, fold, how) if several else how.apply(how.fit(part), part, part.preds)
+        found = cross_fit(part, fold, how) if several else how.apply(how.fit(part), part, part.preds)
+        advance()
+        return found
 
-    runs = list(range(len(problem.preds)))
     blended = honest(problem, recipe)
     alone = Recipe("mean", None, recipe.calibration)
     single = [problem.score(honest(problem.runs([run]), alone)) for run in runs]

@@ -27,6 +27,7 @@ from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
 from comp.model.backbone import check_tokenizer, load_backbone, load_tokenizer, save_recipe
 from comp.model.text_model import VECTOR, build_model
+from comp.progress import DELAY, open_progress
 from comp.runs import RUNS, RunFolder, digest, kept, read_json, write_atomic
 from comp.runtime import Runtime, open_runtime, release_memory
 from comp.training.checkpoint import load_weights
@@ -164,9 +165,14 @@ def _embed(source: Source, model: Any, tokenizer: Any) -> Floats:
     table = source.table
     tokens = None if source.cache is None else TOKENS
     encoded = encode(tokenizer, table.texts, **source.config.model.cutting, cache=tokens)
-    found = predict(
-        model, encoded, table.ids, decoders={VECTOR: lambda vector: vector.float()}, runtime=source.runtime
-    ).values[VECTOR]
+    decoders = {VECTOR: lambda vector: vector.float()}
+    progress = open_progress(len(table), f"vectors, fold {source.fold}", "row", delay=DELAY)
+    try:
+        found = predict(
+            model, encoded, table.ids, decoders=decoders, runtime=source.runtime, on_batch=progress.advance
+        ).values[VECTOR]
+    finally:
+        progress.close()
     del model
     release_memory()
     return found

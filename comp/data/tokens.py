@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from comp.progress import DELAY, open_progress
 from comp.runs import digest, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 CACHE = Path("runs/.cache/tokens")
+TOKENIZED = 1000  # texts handed to the tokenizer at once, between two looks at the progress
 SPECIAL = -1  # text column of a special token
 Span = tuple[int, int]
 
@@ -431,17 +433,24 @@ def _stored(folder: Path) -> _Column:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, NDArray[Any]]:
-    with _plain_backend(tokenizer):
-        found = tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-    rows: list[list[int]] = found["input_ids"]
+    rows: list[list[int]] = []
+    progress = open_progress(len(texts), "tokenizing", "text", delay=DELAY)
+    try:
+        with _plain_backend(tokenizer):
+            for start in range(0, len(texts), TOKENIZED):
+                found = tokenizer(
+                    texts[start : start + TOKENIZED],
+                    add_special_tokens=False,
+                    truncation=False,
+                    padding=False,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )
+                rows += found["input_ids"]
+                progress.advance(len(texts[start : start + TOKENIZED]))
+    finally:
+        progress.close()
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     ids = np.fromiter((token for row in rows for token in row), np.int32, count=int(offsets[-1]))

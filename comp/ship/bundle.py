@@ -19,6 +19,7 @@ from comp.blend.crossfit import Blend, Recipe, examine, read_blend, write_blend_
 from comp.blend.features import parse_features, run_path
 from comp.blend.members import gather, weights_each
 from comp.config import Config, Tracking
+from comp.progress import open_progress
 from comp.runs import RunFolder, commit, now, read_json, write_json, write_text
 from comp.runtime import FALLBACKS
 from comp.ship.half import cost_of_halves, halve, told
@@ -108,16 +109,25 @@ def make_bundle(order: Order, say: Callable[[str], None] = print) -> Path:
     order.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=order.out.parent, prefix=".bundle-") as name:
         staged = _Staged(order, Path(name) / slug, runs, blend)
-        for run in runs:
-            _put_run(staged, run)
-        if blend is not None:
-            write_blend_for_inference(
-                blend, staged.folder / "blend", [f"runs/{staged.name_of(r.folder)}" for r in runs]
-            )
-        requirements = _put_code(staged, say)
-        costs = _costs(staged) if order.half else None
-        manifest = _manifest(staged, weights, costs, say)
-        _seal(staged, manifest, slug, requirements)
+        models = sum(len(run.folds) for run in runs)
+        progress = open_progress(2 * models + 1 + (models if order.half else 0), "bundle", "part")
+        try:
+            for run in runs:
+                _put_run(staged, run)
+                progress.advance(len(run.folds))
+            if blend is not None:
+                write_blend_for_inference(
+                    blend, staged.folder / "blend", [f"runs/{staged.name_of(r.folder)}" for r in runs]
+                )
+            requirements = _put_code(staged, say)
+            progress.advance()
+            costs = _costs(staged) if order.half else None
+            progress.advance(models if order.half else 0)
+            manifest = _manifest(staged, weights, costs, say)
+            _seal(staged, manifest, slug, requirements)
+            progress.advance(models)
+        finally:
+            progress.close()
         if faults := unsafe(staged.folder):
             raise ValueError("the bundle is not made: " + "; ".join(faults))
         if order.out.exists():

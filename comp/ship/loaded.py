@@ -96,16 +96,17 @@ class LoadedRun:
         columns = {name: values[:, place] for place, name in enumerate(self.output_names)}
         return pd.DataFrame({self.config.competition.id: table.ids, **columns})
 
-    def predict_table(self, table: Table, *, cache: Path | None = CACHE) -> Floats:
+    def predict_table(self, table: Table, *, cache: Path | None = CACHE, to_come: int = 0) -> Floats:
         """Return (N, K) predictions of the first task in the table's order, averaged over the folds.
 
-        The text is tokenized once; one model at a time is in the memory of each device.
+        The text is tokenized once; one model at a time is in the memory of each device. `to_come`: rows that other
+        calls of the same job will predict, for the time left.
         """
         if not len(table):
             return np.zeros((0, len(self.output_names)))
         content = self.read(table, cache=cache)
         crew = crew_of(self, len(table) * len(self.folds))
-        progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row")
+        progress = open_progress(len(table) * len(self.folds), f"{self.folder.name}", "row", to_come=to_come)
         try:
             total = np.zeros((len(table), len(self.output_names)))
             for fold in self.folds:

@@ -72,13 +72,16 @@ class Teacher:
             "chosen_by_held_out_rows": chosen_by_held_out(self.config, self.run),
         }
 
-    def predict(self, fold: Fold, table: Table) -> NDArray[np.float64]:
-        """Return (M, K) predictions of one model; kept on disk, so that a killed call goes on where it was."""
+    def predict(self, fold: Fold, table: Table, to_come: int = 0) -> NDArray[np.float64]:
+        """Return (M, K) predictions of one model; kept on disk, so that a killed call goes on where it was.
+
+        `to_come`: rows that the models after it will predict.
+        """
         weights = self.run.weights_of(fold)
         marks = [str(weights.resolve()), str(weights.stat().st_mtime_ns), self.run.runtime.describe()]
         marks.append(str(read_json(self.run.folder.manifest)["fingerprints"]))
         path = PREDICTIONS / f"{digest([table.fingerprint(), *marks])}.npy"
-        found = kept(path, lambda: replace(self.run, folds=[fold]).predict_table(table))
+        found = kept(path, lambda: replace(self.run, folds=[fold]).predict_table(table, to_come=to_come))
         if not np.isfinite(found).all():
             raise ValueError(f"{self.run.folder.fold(fold).path} predicts NaN or infinite values; train it anew")
         return found
@@ -197,11 +200,16 @@ def _predict(
     """Return fold, or "full", -> the predictions (M, K) of each teacher; `tables` are the rows as each reads them."""
     wanted: list[Fold] = [*numbers, "full"]
     found: dict[Fold, list[NDArray[np.float64]]] = {fold: [] for fold in wanted}
+    models = [("full",) * ("full" in teacher.finished) for teacher in teachers]
+    left = sum(len(numbers) + len(full) for full in models) * len(tables[0])
     for teacher, table in zip(teachers, tables, strict=True):
         for fold in numbers:
-            found[fold].append(teacher.predict(fold, table))
+            left -= len(table)
+            found[fold].append(teacher.predict(fold, table, left))
         own = [found[fold][-1] for fold in numbers]
-        found["full"].append(teacher.predict("full", table) if "full" in teacher.finished else np.mean(own, axis=0))
+        full = "full" in teacher.finished
+        left -= len(table) * full
+        found["full"].append(teacher.predict("full", table, left) if full else np.mean(own, axis=0))
     return found
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from comp.progress import Lines
+from comp.progress import ProgressLines
 from comp.runtime import Stopper
 from comp.training.job import Found, Function, How, Job, Outcome, Say, do, read_more
 from comp.worker import thread_variables
@@ -148,4 +148,7 @@ def _do(fn: Function, arguments: tuple[Any, ...], name: str, folder: str) -> tup
     def say(line: str) -> None:
         print(line if line.startswith(name) else f"{name}: {line}", flush=True)
 
-    return do(fn, arguments, say=say, opener=lambda total, label, done=0: Lines(total, name, done))
+    def opener(total: int, label: str, done: int = 0, to_come: float = 0) -> ProgressLines:
+        return ProgressLines(total, name, done=done, named=True)
+
+    return do(fn, arguments, say=say, opener=opener)

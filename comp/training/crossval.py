@@ -18,6 +18,7 @@ from comp.lock import hold
 from comp.model.backbone import load_tokenizer, vocabulary_digest
 from comp.runs import RUNS, RunFolder, claim, read_json, sweep, write_json
 from comp.runtime import open_runtime, release_memory
+from comp.tracking import check_tracking
 from comp.training import oof
 from comp.training.assembly import build_fold_groups, build_fold_optimizer
 from comp.training.checkpoint import bytes_of
@@ -110,9 +111,10 @@ def begin(
         plan = replace(plan, watch=watch)
         label = f"{name} " if of_many else ""
         shared = replace(plan, say=print)  # what is sent to other processes; they say by the link
-        jobs = [
-            Job(f"{label}fold {fold}", (shared, fold), plan.folder.path / "logs" / f"fold{fold}.log") for fold in todo
-        ]
+        jobs = []
+        for place, fold in enumerate(todo, 1):
+            own = replace(shared, to_come=len(todo) - place if how.where == "serial" else 0)
+            jobs.append(Job(f"{label}fold {fold}", (own, fold), plan.folder.path / "logs" / f"fold{fold}.log"))
         yield Begun(plan, jobs, lock)
 
 
@@ -135,6 +137,7 @@ def _prepare(
             f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
             "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
         )
+    check_tracking(config.tracking)
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]

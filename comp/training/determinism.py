@@ -51,7 +51,7 @@ def shortened(config: Config, num_rows: int) -> Config:
             "training": short,
             "schedule": schedule,
             "evaluation": config.evaluation.model_copy(update={"every": None, "schedule": None, "patience": None}),
-            "tracking": config.tracking.model_copy(update={"wandb": "off"}),
+            "tracking": config.tracking.model_copy(update={"wandb": "off", "also": []}),
         }
     )
 

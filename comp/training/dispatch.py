@@ -135,7 +135,7 @@ def _unheard(line: str) -> None:
     """Say nothing."""
 
 
-def _unseen(total: int, label: str, done: int = 0) -> NullProgress:
+def _unseen(total: int, label: str, done: int = 0, to_come: float = 0) -> NullProgress:
     return NullProgress()
 
 

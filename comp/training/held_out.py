@@ -20,6 +20,7 @@ from comp.data.tokens import Encoded
 from comp.metrics import METRICS, evaluate, evaluate_known, is_better, row_losses
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
+from comp.progress import DELAY, open_progress
 from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
@@ -235,7 +236,19 @@ class HeldOut:
         own = self.ranks.part(rows)
         found = None
         if len(own):
-            found = predict(self.model, self.encoded, self.ids, decoders=self.decoders, runtime=self.runtime, rows=own)
+            progress = open_progress(len(own), "evaluating", "row", delay=DELAY)
+            try:
+                found = predict(
+                    self.model,
+                    self.encoded,
+                    self.ids,
+                    decoders=self.decoders,
+                    runtime=self.runtime,
+                    rows=own,
+                    on_batch=progress.advance,
+                )
+            finally:
+                progress.close()
         return self.ranks.together(None if found is None else found.values, len(rows))
 
     def _score(self, found: Predictions) -> float:

@@ -28,7 +28,7 @@ from comp.runs import RunFolder, full_disk_said, sweep, write_json, write_text
 from comp.runtime import Runtime, Stopper, open_runtime, random_state, seed_everything, set_random_state
 from comp.stability.consistency import twice
 from comp.stability.prior_decay import PriorDecay
-from comp.tracking import NullTracker, Watched, open_tracker
+from comp.tracking import NullTracker, Watched, best_values, open_tracker
 from comp.training.assembly import (
     build_adversary,
     build_averager,
@@ -99,6 +99,8 @@ class Plan:
     watch: Watch = unwatched
     open_progress: OpenProgress = open_progress
     ready: Ready = field(default_factory=Ready)
+    to_come: int = 0
+    """Folds that are still to be trained after the present one: the time left for the whole run."""
 
 
 def train_job(plan: Plan, fold: Fold, link: Link) -> None:
@@ -176,6 +178,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
             metrics_path=folder.metrics,
             config_dict=config.model_dump(mode="json"),
             mark=saved["tracker"] if saved else None,
+            best=best_values(config),
         )
     )
     tracker = Watched(tracker, partial(plan.watch, fold), num_steps)
@@ -191,7 +194,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         seconds=saved["seconds"] if saved else 0.0,
         ranks=ranks,
     )
-    progress = plan.open_progress(num_steps, f"fold {fold}", done=saved["train"]["step"] if saved else 0)
+    begun = saved["train"]["step"] if saved else 0
+    progress = plan.open_progress(num_steps, f"fold {fold}", done=begun, to_come=plan.to_come * num_steps)
     num_masks, rdrop = max(1, config.model.multi_sample_dropout), config.stability.rdrop
     objective = Objective(
         config.tasks,

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from comp.progress import Lines, NullProgress, open_progress
+from comp.progress import NullProgress, open_progress
 from comp.runs import now
 from comp.runtime import Stopper, visible_devices
 from comp.training.job import Found, Function, Job, Outcome, Say, do, read_more
@@ -149,18 +149,15 @@ class _Board:
         elif kind == "open":
             total, done = value
             self._close(place)
-            opener = open_progress if sys.stderr.isatty() else Lines
-            self.bars[place] = opener(total, self.jobs[place].name, done=done)
+            self.bars[place] = open_progress(total, self.jobs[place].name, done=done)
         elif kind == "advance":
             count, shown = value
             if place in self.bars:
                 self.bars[place].advance(count, **shown)
         elif kind == "mark":
             self.note(place, f"{value[0]}\n")
-            if place in self.bars and sys.stderr.isatty():
+            if place in self.bars:
                 self.bars[place].say(f"{self.jobs[place].name}:{value[0]}")
-            elif place in self.bars:
-                self.bars[place].say(value[0])
         else:
             assert kind == "close", kind
             self._close(place)
@@ -224,7 +221,7 @@ def settle(tell: Tell) -> Handle:
 class _Relay(NullProgress):
     """Sends the progress of a loop to the one who gave the job."""
 
-    def __init__(self, tell: Tell, total: int, label: str, done: int = 0) -> None:
+    def __init__(self, tell: Tell, total: int, label: str, done: int = 0, to_come: float = 0) -> None:
         self.tell = tell
         tell(("open", total, done))
 
