@@ -64,6 +64,7 @@ bench: $(STAMP)  ## speed of training and of inference, and inference's memory (
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/infer_speed.py
 	$(BIN)/python benchmarks/infer_memory.py
+	$(BIN)/python benchmarks/optimizer_step.py
 
 clean:  ## remove .venv and the tools' caches; runs/, folds/ and submissions/ stay
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

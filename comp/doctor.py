@@ -50,7 +50,6 @@ OPTIONAL = {
     "pyarrow": "parquet tables, the out-of-fold files among them",
     "iterative-stratification": "the splitter multilabel_stratified",
     "wandb": "Weights & Biases, extra `track`",
-    "madgrad": "the optimizer madgrad, extra `optimizers`",
     "torch-optimizer": "its optimizers by name, extra `optimizers`",
     "optuna": "extra `hpo`",
     "ray": "extra `ray`",

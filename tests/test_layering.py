@@ -61,6 +61,8 @@ LAYERS = {
     "model/text_model.py": 2,
     "optim/schedules.py": 1,
     "optim/bertadam.py": 1,
+    "optim/radam.py": 1,
+    "optim/madgrad.py": 1,
     "optim/lookahead.py": 1,
     "optim/groups.py": 2,
     "optim/__init__.py": 2,
