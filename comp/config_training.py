@@ -23,7 +23,8 @@ class Training(Section):
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows per forward and backward; the step still sees batch_size rows; null = batch_size."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type; weights stay float32. auto = bf16 where the hardware has it, else fp16 on GPU, else fp32."""
+    """Autocast type; weights stay float32. auto = bf16 where the hardware has it, else fp16 on GPU, else fp32; fp32
+    also where a measurement finds it faster (see `model.attention`)."""
     seed: int = Field(42, ge=0)
     """Seed of head initialisation, dropout and batch order."""
     length_bucketing: bool = True

@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from comp.doctor import hub_answers
+from comp.kernels import attentions_of
 from comp.runs import digest
 from comp.runtime import is_ours
 
 __all__ = [
     "Backbone",
+    "backbone_config",
     "check_tokenizer",
     "load_backbone",
     "load_tokenizer",
@@ -71,6 +73,10 @@ class Backbone(nn.Module):
         self.max_positions = _max_positions(model)
         self._takes_type_ids = "token_type_ids" in inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if self._decodes else {}
+        usual = config._attn_implementation
+        self._attention = {True: usual, False: usual}  # in training, in evaluation
+        self.lowest: Any = None
+        """Set by `skip_lowest`."""
 
     @property
     def shares_blocks(self) -> bool:
@@ -84,12 +90,19 @@ class Backbone(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         *,
         layers: Sequence[int] = (-1,),
+        lower: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
         """Return L + 1 hidden states (B, T, H), index 0 = embeddings; those not in `layers` may be None.
 
         Hidden states below the last are only kept when `layers` asks for one. Where the model normalises before each
-        block (ModernBERT), the final norm is applied to all of them, so that they are of one scale.
+        block (ModernBERT), the final norm is applied to all of them, so that they are of one scale. `lower` (B, T, H):
+        what `lowest_states` gave for the batch, in place of the blocks below; states under it are then not true.
         """
+        if lower is not None:
+            with self.lowest.going_on_from(lower):
+                return self(input_ids, mask, token_type_ids, layers=layers)
+        if self.config._attn_implementation != self._attention[self.training]:
+            self.config._attn_implementation = self._attention[self.training]
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if token_type_ids is not None and self._takes_type_ids:
             inputs["token_type_ids"] = token_type_ids
@@ -102,6 +115,19 @@ class Backbone(nn.Module):
             for index in wanted - {last}:
                 states[index] = self._normed(found[index]) if index else found[index]
         return states
+
+    def attend(self, *, training: str | None = None, evaluating: str | None = None) -> None:
+        """Attend by sdpa (torch's fused kernels) or eager (matrix products); None = as it is.
+
+        Raises ValueError when the architecture has no sdpa.
+        """
+        for mode, wanted in ((True, training), (False, evaluating)):
+            if wanted is not None and wanted not in attentions_of(self.config):
+                raise ValueError(
+                    f"model.attention is '{wanted}', but transformers has only eager attention for "
+                    f"{self.config.model_type}; set it to auto or eager"
+                )
+            self._attention[mode] = wanted or self._attention[mode]
 
     def _normed(self, state: torch.Tensor) -> torch.Tensor:
         norm = next((module for name, module in self.model.named_children() if name in AFTER_BLOCKS), None)
@@ -396,6 +422,12 @@ def rebuild_backbone(
 
     with _quiet_hub(str(folder), "config"):
         return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
+
+
+def backbone_config(source: str, dropout: float | None) -> Any:
+    """Return transformers' config of a backbone with every dropout in it replaced (None = the checkpoint's)."""
+    with _quiet_hub(source, "config"):
+        return _read_config(resolve_source(source), dropout)
 
 
 def _read_config(folder: str, dropout: float | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ from comp.data.tables import Table, read_competition
 from comp.data.tokens import encode
 from comp.lock import hold
 from comp.model.backbone import load_tokenizer, vocabulary_digest
-from comp.runs import RunFolder, claim, sweep, write_json
+from comp.runs import RunFolder, claim, read_json, sweep, write_json
 from comp.runtime import Stopper, open_runtime, release_memory
 from comp.training import oof
-from comp.training.assembly import build_fold_groups, build_fold_model, build_fold_optimizer
+from comp.training.assembly import (
+    build_fold_groups,
+    build_fold_model,
+    build_fold_optimizer,
+    choose_kernels,
+    open_frozen,
+)
 from comp.training.checkpoint import bytes_of
 from comp.training.lessons import open_pseudo
 from comp.training.one_fold import Fold, Plan, Say, rows_of, train_fold
@@ -89,11 +96,18 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
         check_steps(config, fold, pseudo.lesson(fold, table, training))
     encoded = encode(tokenizer, pseudo.texts(table), **config.model.cutting)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
-    about: dict[str, Any] = {"runtime": runtime.describe(), "backbone": config.model.backbone, "classes": table.classes}
+    about: dict[str, Any] = {"backbone": config.model.backbone, "classes": table.classes}
     about["tokenizer"] = vocabulary_digest(tokenizer)
+    attention = None
+    if coming:
+        known = read_json(folder.manifest).get("kernels") if folder.manifest.exists() else None
+        kernels, runtime = choose_kernels(config, runtime, known, say)
+        about["kernels"], attention = asdict(kernels), kernels.attention
+    about["runtime"] = runtime.describe()
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
-    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say)
+    frozen = open_frozen(config, encoded, runtime, folder.path, say)
+    plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say, attention, frozen)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {runtime.describe()}")
     if encoded.num_windowed:
         say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from comp.data.tables import Table
 from comp.data.tokens import Encoded
 from comp.metrics import is_better
 from comp.model.backbone import save_recipe
+from comp.model.frozen import NoFrozenStates
 from comp.optim.groups import group_table
 from comp.optim.lookahead import Lookahead
 from comp.progress import open_progress
@@ -66,6 +67,9 @@ class Plan:
     runtime: Runtime
     save_every: SaveEvery
     say: Say
+    attention: str | None = None
+    """Kernel of training passes where the config leaves it open; None = as transformers has it."""
+    frozen: NoFrozenStates = field(default_factory=NoFrozenStates)
 
 
 def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
@@ -82,8 +86,10 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
     seed_everything(config.training.seed)
     model, fresh = build_fold_model(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
+    model.backbone.attend(training=plan.attention)
     start = start_digest(model)
     model.to(runtime.device)
+    plan.frozen.serve(model)
     with full_disk_said(plan.folder.backbone):
         save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
 
