@@ -390,6 +390,13 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _compiled_fits_the_rest(self) -> Config:
+        other = "cache_frozen" if self.model.cache_frozen else "gradient_checkpointing"
+        if self.training.compile and (self.model.cache_frozen or self.model.gradient_checkpointing):
+            raise ValueError(f"training.compile does not work with model.{other}; set one of them to false")
+        return self
+
+    @model_validator(mode="after")
     def _pseudo_fits_task(self) -> Config:
         if self.pseudo is not None:
             self.pseudo.must_fit(self.tasks[0].kind, self.tasks[0].loss.name)

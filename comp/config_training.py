@@ -29,8 +29,15 @@ class Training(Section):
     """Seed of head initialisation, dropout and batch order."""
     length_bucketing: bool = True
     """Batch texts of like length (order still shuffled); false = plain shuffle."""
+    compile: bool = False
+    """Run training passes of the backbone through torch.compile; whether that paid is said after each fold."""
     max_rows: int | None = Field(None, ge=2)
     """Use only this many rows of each part of a fold, drawn with `seed`; null = all. For debugging."""
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches of a step."""
+        return -(-self.batch_size // (self.micro_batch_size or self.batch_size))
 
     @model_validator(mode="after")
     def _micro_within_batch(self) -> Training:

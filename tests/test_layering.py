@@ -89,6 +89,7 @@ LAYERS = {
     "training/objective.py": 3,
     "training/preflight.py": 3,
     "training/memory.py": 3,
+    "training/compiling.py": 3,
     "training/optimism.py": 3,
     "training/oof.py": 3,
     "training/assembly.py": 3,

@@ -53,6 +53,9 @@ class Backbone(nn.Module):
     (True when the classification token closes the text, as in XLNet and BART's decoder).
     """
 
+    compiled: Any
+    """What `compile_training` made of `model`, or None."""
+
     def __init__(self, model: nn.Module, *, cls_last: bool, part: str = "encoder") -> None:
         super().__init__()
         self.model: Any = model
@@ -75,6 +78,7 @@ class Backbone(nn.Module):
         self._extra: dict[str, Any] = {"use_cache": False} if self._decodes else {}
         usual = config._attn_implementation
         self._attention = {True: usual, False: usual}  # in training, in evaluation
+        self.__dict__["compiled"] = None  # not a child: the weights would have two names
         self.lowest: Any = None
         """Set by `skip_lowest`."""
 
@@ -108,7 +112,8 @@ class Backbone(nn.Module):
             inputs["token_type_ids"] = token_type_ids
         last = self.num_states
         wanted = {index % (last + 1) for index in layers}
-        outputs = self.model(**inputs, output_hidden_states=wanted != {last}, return_dict=True, **self._extra)
+        model = self.compiled if self.training and self.compiled is not None else self.model
+        outputs = model(**inputs, output_hidden_states=wanted != {last}, return_dict=True, **self._extra)
         states: list[torch.Tensor | None] = [None] * last + [outputs.last_hidden_state]
         if wanted != {last}:
             found = outputs.decoder_hidden_states if self._decodes else outputs.hidden_states
@@ -128,6 +133,10 @@ class Backbone(nn.Module):
                     f"{self.config.model_type}; set it to auto or eager"
                 )
             self._attention[mode] = wanted or self._attention[mode]
+
+    def compile_training(self, backend: str) -> None:
+        """Run training passes through torch.compile, for any batch and length."""
+        self.__dict__["compiled"] = torch.compile(self.model, dynamic=True, backend=backend)
 
     def _normed(self, state: torch.Tensor) -> torch.Tensor:
         norm = next((module for name, module in self.model.named_children() if name in AFTER_BLOCKS), None)

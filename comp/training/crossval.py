@@ -25,6 +25,7 @@ from comp.training.assembly import (
     open_frozen,
 )
 from comp.training.checkpoint import bytes_of
+from comp.training.compiling import check_compiler
 from comp.training.lessons import open_pseudo
 from comp.training.one_fold import Fold, Plan, Say, rows_of, train_fold
 from comp.training.preflight import check_metric, check_rows, check_space, check_steps
@@ -77,6 +78,8 @@ def _run(config: Config, name: str, folds: str, restart: bool, save_every: str, 
         )
     folder = RunFolder(Path("runs") / name)
     runtime = open_runtime(config.training.precision)
+    if config.training.compile:
+        check_compiler(runtime)
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
 

@@ -39,6 +39,7 @@ from comp.training.assembly import (
 )
 from comp.training.cadence import Never
 from comp.training.checkpoint import bytes_of, save_weights
+from comp.training.compiling import compile_backbone
 from comp.training.held_out import HeldOut
 from comp.training.lessons import NoPseudo, Stages
 from comp.training.objective import Objective
@@ -190,6 +191,9 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
         largest=longest_window(lesson.all_rows, plan.encoded.lengths, **sizes) if on_gpu else None,
         blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about),
     )
+    report = None
+    if config.training.compile:
+        report = compile_backbone(model, parts, longest_window(lesson.all_rows, plan.encoded.lengths, **sizes)[0])
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     try:
         state = TrainState() if saved is None else saver.restore(saved)
@@ -217,6 +221,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper) -> None:
             f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
             f"last {state.last_score:.5f}, {also}{state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
         )
+    if report is not None:
+        plan.say(f"fold {fold}: {report.told(state.step * config.training.passes)}")
     write_json(folder.done, summary)  # a fold is finished when this file is there
     folder.drop_state()
 
