@@ -67,6 +67,7 @@ bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memo
 	$(BIN)/python benchmarks/infer_memory.py
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/eval_cost.py
+	$(BIN)/python benchmarks/optimizer_step.py
 
 clean:  ## remove .venv and the tools' caches; runs/, folds/ and submissions/ stay
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -218,6 +218,10 @@ class Model(Section):
     """Read long texts whole, as windows of max_length; null = cut them. The cost grows with the windows."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """Every dropout of the backbone; null = the checkpoint's own."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Kernel of attention: sdpa = torch's fused ones, eager = matrix products. auto = in training the one that is
+    fastest on this device with this dropout, measured once and kept (`comp doctor`), otherwise as transformers has it.
+    """
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the pooled vector; 0 = off."""
     multi_sample_dropout: int = Field(0, ge=0)
@@ -226,10 +230,26 @@ class Model(Section):
     """Keep the embeddings fixed: true = the whole module (words, positions, types, norm), words = the word table."""
     freeze_layers: int = Field(0, ge=0)
     """Keep the lowest n blocks fixed; 0 = off."""
+    cache_frozen: bool = False
+    """Compute the frozen embeddings and blocks once per text and keep their states for all epochs, evaluations and
+    folds, in memory or on disk: equal to about 1e-6 in fp32. Needs freeze_embeddings true, freeze_layers and dropout
+    0."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30% slower, much less memory."""
     allow_pickle: bool = False
     """Read the backbone's weights from pytorch_model.bin where it has no safetensors; false = refuse them."""
+
+    @model_validator(mode="after")
+    def _frozen_part_is_fixed(self) -> Model:
+        wanted = {"freeze_embeddings": (self.freeze_embeddings, True), "dropout": (self.dropout, 0.0)}
+        wrong = [f"{key} is {own}, not {needed}" for key, (own, needed) in wanted.items() if own != needed]
+        wrong += ["freeze_layers is 0"] if not self.freeze_layers else []
+        if self.cache_frozen and wrong:
+            raise ValueError(
+                f"model.cache_frozen keeps what never changes, but {', '.join(wrong).replace('True', 'true')}; set "
+                "freeze_embeddings true, freeze_layers to 1 or more and dropout to 0, or cache_frozen to false"
+            )
+        return self
 
     @property
     def innermost_pooler(self) -> Pooler:
@@ -372,6 +392,13 @@ class Config(Section):
                 "stability.adversarial 'fgm' moves the word table, which model.freeze_embeddings keeps fixed; use awp, "
                 "or set freeze_embeddings to false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_fits_the_rest(self) -> Config:
+        other = "cache_frozen" if self.model.cache_frozen else "gradient_checkpointing"
+        if self.training.compile and (self.model.cache_frozen or self.model.gradient_checkpointing):
+            raise ValueError(f"training.compile does not work with model.{other}; set one of them to false")
         return self
 
     @model_validator(mode="after")

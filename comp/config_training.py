@@ -29,13 +29,21 @@ class Training(Section):
     least, so that short texts make large batches. Every row still weighs the same within its step; the number of steps
     differs a little from epoch to epoch. null = always batch_size rows."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type; weights stay float32. auto = bf16 where the hardware has it, else fp16 on GPU, else fp32."""
+    """Autocast type; weights stay float32. auto = bf16 where the hardware has it, else fp16 on GPU, else fp32; fp32
+    also where a measurement finds it faster (see `model.attention`)."""
     seed: int = Field(42, ge=0)
     """Seed of head initialisation, dropout and batch order."""
     length_bucketing: bool = True
     """Batch texts of like length (order still shuffled); false = plain shuffle."""
+    compile: bool = False
+    """Run training passes of the backbone through torch.compile; whether that paid is said after each fold."""
     max_rows: int | None = Field(None, ge=2)
     """Use only this many rows of each part of a fold, drawn with `seed`; null = all. For debugging."""
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches of a step."""
+        return -(-self.batch_size // (self.micro_batch_size or self.batch_size))
 
     @model_validator(mode="after")
     def _micro_within_batch(self) -> Training:

@@ -50,7 +50,6 @@ OPTIONAL = {
     "pyarrow": "parquet tables, the out-of-fold files among them",
     "iterative-stratification": "the splitter multilabel_stratified",
     "wandb": "Weights & Biases, extra `track`",
-    "madgrad": "the optimizer madgrad, extra `optimizers`",
     "torch-optimizer": "its optimizers by name, extra `optimizers`",
     "optuna": "extra `hpo`",
     "ray": "extra `ray`",
@@ -90,6 +89,7 @@ def examine(answers: Callable[[], bool] | None = None) -> list[Finding]:
         ("memory", _memory),
         ("disk", _disk),
         ("GPU", _gpus),
+        ("attention", _attention),
         ("W&B", _tracking),
         ("model hub", lambda: _hub(answers or hub_answers)),
         ("Kaggle", _kaggle),
@@ -326,6 +326,20 @@ def _gpus() -> Iterator[Finding]:
     if not count and not mps:
         build = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         yield Finding("GPU", "note", f"none usable ({build}); a run takes the CPU")
+
+
+def _attention() -> Iterator[Finding]:
+    from comp.kernels import device_name, kept, render_rates
+
+    torch = _torch()
+    if torch is None:
+        return
+    here = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = [(shape, rates) for place, own in kept().items() if place.startswith(here) for shape, rates in own.items()]
+    for shape, rates in found:
+        yield Finding("attention", "ok", f"{shape}: {render_rates(rates)}")
+    if not found:
+        yield Finding("attention", "ok", "not measured on this device yet; the first `comp train` of a backbone does")
 
 
 def _tracking() -> Iterator[Finding]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import hashlib
 import importlib.util
@@ -13,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,9 @@ for _name, _value in {
     "MKL_NUM_THREADS": "1",
 }.items():
     os.environ[_name] = _value
+# What is measured of this machine stays out of the user's cache.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="comp-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 for _name in ("WANDB_MODE", "WANDB_API_KEY", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN"):
     os.environ.pop(_name, None)
 

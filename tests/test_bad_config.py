@@ -147,6 +147,7 @@ CONFLICTS: dict[str, Row] = {
         ["stability.averaging={name: ema}", "optimizer.lookahead={steps: 2}"], "both average", "set one of them",
     ),
     "madgrad forgets the prior": (["optimizer={name: madgrad}", "stability.prior_decay=1"], "set optimizer.momentum"),
+    "a cache of what changes": ("model.cache_frozen=true", "freeze_embeddings is False, not true, freeze_layers is 0"),
     "madgrad forgets lookahead": ("optimizer={name: madgrad, lookahead: {steps: 2}}", "set momentum to 0 or"),
     "a pooler that is not there": ("stability.reinit_pooler=true", "is 'mean'; set it to false, or the pooler to"),
     "masks of nothing": ("model.multi_sample_dropout=4", "head_dropout, which is 0; set it to"),

@@ -104,6 +104,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "stability": {"rdrop": 1.0},
         "model": {"multi_sample_dropout": 3, "head_dropout": 0.2, "pooler": {"name": "hsum", "num_layers": 2}},
     },
+    "cache_frozen": {"model": {"dropout": 0.0, "freeze_embeddings": True, "freeze_layers": 2, "cache_frozen": True}},
     "supcon": {"stability": {"supcon": {"weight": 0.3}}, "training": {"micro_batch_size": None}},
     "word_weights": {"model": {"pooler": {"name": "word_weights"}}},
     "patience": {"evaluation": {"every": "1 steps", "patience": 3}, "optimizer": {"lr": 3e-2}, "kills": [3, 2]},

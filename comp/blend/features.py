@@ -146,7 +146,7 @@ def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | 
         model = build_model(
             folder.backbone, tokenizer, pretrained=False, pooler=config.model.pooler.model_dump(), heads={},
             max_length=config.model.max_length, num_fields=len(config.competition.text_columns), part=config.model.part,
-            with_vectors=True,
+            with_vectors=True, attention=config.model.attention,
         )  # fmt: skip
         load_weights(own.best if source.fold != "full" else own.last, model, without="heads.")
         return _embed(replace(source, config=config), model.to(source.runtime.device), tokenizer)

@@ -68,19 +68,23 @@ class Batch:
         if self.input_ids.device == device:
             return self
 
+        def sent(tensor: torch.Tensor) -> torch.Tensor:
+            # A copy to a GPU waits for all that runs there unless it comes out of pinned memory.
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return None if tensor is None else sent(tensor)
 
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            mask=self.mask.to(device, non_blocking=True),
+            input_ids=sent(self.input_ids),
+            mask=sent(self.mask),
             token_type_ids=move(self.token_type_ids),
             fields=move(self.fields),
             window_of=move(self.window_of),
-            targets={name: target.to(device, non_blocking=True) for name, target in self.targets.items()},
+            targets={name: sent(target) for name, target in self.targets.items()},
             weights=move(self.weights),
-            errors={name: error.to(device, non_blocking=True) for name, error in self.errors.items()},
+            errors={name: sent(error) for name, error in self.errors.items()},
         )
 
 

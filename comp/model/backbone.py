@@ -18,11 +18,13 @@ import torch
 from torch import nn
 
 from comp.doctor import hub_answers
+from comp.kernels import attentions_of
 from comp.runs import digest
 from comp.runtime import is_ours
 
 __all__ = [
     "Backbone",
+    "backbone_config",
     "check_tokenizer",
     "load_backbone",
     "load_tokenizer",
@@ -55,6 +57,9 @@ class Backbone(nn.Module):
     (True when the classification token closes the text, as in XLNet and BART's decoder).
     """
 
+    compiled: Any
+    """What `compile_training` made of `model`, or None."""
+
     def __init__(self, model: nn.Module, *, cls_last: bool, part: str = "encoder") -> None:
         super().__init__()
         self.model: Any = model
@@ -75,6 +80,11 @@ class Backbone(nn.Module):
         self.max_positions = _max_positions(model)
         self._takes_type_ids = "token_type_ids" in inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if self._decodes else {}
+        usual = config._attn_implementation
+        self._attention = {True: usual, False: usual}  # in training, in evaluation
+        self.__dict__["compiled"] = None  # not a child: the weights would have two names
+        self.lowest: Any = None
+        """Set by `skip_lowest`."""
 
     @property
     def shares_blocks(self) -> bool:
@@ -88,24 +98,49 @@ class Backbone(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         *,
         layers: Sequence[int] = (-1,),
+        lower: torch.Tensor | None = None,
     ) -> list[torch.Tensor | None]:
         """Return L + 1 hidden states (B, T, H), index 0 = embeddings; those not in `layers` may be None.
 
         Hidden states below the last are only kept when `layers` asks for one. Where the model normalises before each
-        block (ModernBERT), the final norm is applied to all of them, so that they are of one scale.
+        block (ModernBERT), the final norm is applied to all of them, so that they are of one scale. `lower` (B, T, H):
+        what `lowest_states` gave for the batch, in place of the blocks below; states under it are then not true.
         """
+        if lower is not None:
+            with self.lowest.going_on_from(lower):
+                return self(input_ids, mask, token_type_ids, layers=layers)
+        if self.config._attn_implementation != self._attention[self.training]:
+            self.config._attn_implementation = self._attention[self.training]
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
         if token_type_ids is not None and self._takes_type_ids:
             inputs["token_type_ids"] = token_type_ids
         last = self.num_states
         wanted = {index % (last + 1) for index in layers}
-        outputs = self.model(**inputs, output_hidden_states=wanted != {last}, return_dict=True, **self._extra)
+        model = self.compiled if self.training and self.compiled is not None else self.model
+        outputs = model(**inputs, output_hidden_states=wanted != {last}, return_dict=True, **self._extra)
         states: list[torch.Tensor | None] = [None] * last + [outputs.last_hidden_state]
         if wanted != {last}:
             found = outputs.decoder_hidden_states if self._decodes else outputs.hidden_states
             for index in wanted - {last}:
                 states[index] = self._normed(found[index]) if index else found[index]
         return states
+
+    def attend(self, *, training: str | None = None, evaluating: str | None = None) -> None:
+        """Attend by sdpa (torch's fused kernels) or eager (matrix products); None = as it is.
+
+        Raises ValueError when the architecture has no sdpa.
+        """
+        for mode, wanted in ((True, training), (False, evaluating)):
+            if wanted is not None and wanted not in attentions_of(self.config):
+                raise ValueError(
+                    f"model.attention is '{wanted}', but transformers has only eager attention for "
+                    f"{self.config.model_type}; set it to auto or eager"
+                )
+            self._attention[mode] = wanted or self._attention[mode]
+
+    def compile_training(self, backend: str) -> None:
+        """Run training passes through torch.compile, for any batch and length."""
+        self.__dict__["compiled"] = torch.compile(self.model, dynamic=True, backend=backend)
 
     def _normed(self, state: torch.Tensor) -> torch.Tensor:
         norm = next((module for name, module in self.model.named_children() if name in AFTER_BLOCKS), None)
@@ -428,6 +463,12 @@ def rebuild_backbone(
 
     with _quiet_hub(str(folder), "config"):
         return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
+
+
+def backbone_config(source: str, dropout: float | None) -> Any:
+    """Return transformers' config of a backbone with every dropout in it replaced (None = the checkpoint's)."""
+    with _quiet_hub(source, "config"):
+        return _read_config(resolve_source(source), dropout)
 
 
 def _read_config(folder: str, dropout: float | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from comp.data.batches import Batch
 from comp.model.backbone import Backbone, load_backbone, rebuild_backbone
 from comp.model.heads import Head, build_head
+from comp.model.lowest import skip_lowest
 from comp.model.pooling import Pooler, build_pooler, needs_trained_pooler
 
 __all__ = ["VECTOR", "TextModel", "build_model"]
@@ -53,11 +54,14 @@ class TextModel(nn.Module):
         self.pooler = pooler
         self.head_dropout = nn.Dropout(head_dropout)
         self.num_masks, self.with_vectors = num_masks, with_vectors
+        self.lower: Callable[[Batch], torch.Tensor] | None = None
+        """Where the states of the frozen part come from; None = they are computed."""
         std = float(getattr(backbone.config, "initializer_range", 0.02))
         self.heads = nn.ModuleDict({name: build_head(head, pooler.out_features, std) for name, head in heads.items()})
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        hidden = self.backbone(batch.input_ids, batch.mask, batch.token_type_ids, layers=self.pooler.layers)
+        lower = {} if self.lower is None else {"lower": self.lower(batch)}
+        hidden = self.backbone(batch.input_ids, batch.mask, batch.token_type_ids, layers=self.pooler.layers, **lower)
         device = batch.input_ids.device.type
         # Pooler, heads and losses stay in float32 under autocast: they are cheap, and half precision costs digits.
         with torch.autocast(device, enabled=self.pooler.half_precision and torch.is_autocast_enabled(device)):
@@ -94,20 +98,22 @@ def build_model(
     num_fields: int = 1,
     part: str = "encoder",
     dropout: float | None = 0.0,
+    attention: str = "auto",
     head_dropout: float = 0.0,
     num_masks: int = 1,
     with_vectors: bool = False,
     freeze_embeddings: bool | str = False,
     freeze_layers: int = 0,
+    cache_frozen: bool = False,
     gradient_checkpointing: bool = False,
     allow_pickle: bool = False,
 ) -> TextModel:
     """Build the model for training (`pretrained`: weights from `source`) or for inference (a run's backbone folder).
 
     `pooler`: its name and options. `heads`: task name -> its head; a number = a linear one with that many outputs.
-    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. `allow_pickle`: of pretrained weights.
-    Raises ValueError when pooler, length
-    or freezing do not fit the backbone.
+    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. `attention` auto: as transformers has
+    it. `allow_pickle`: of pretrained weights. Raises ValueError when pooler, length, attention or freezing do not fit
+    the backbone.
     """
     options: dict[str, Any] = {"dropout": dropout, "with_pooler": needs_trained_pooler(pooler), "part": part}
     if pretrained:
@@ -119,9 +125,13 @@ def build_model(
             f"model.max_length is {max_length}, but '{source}' has {backbone.max_positions} positions; set it to at "
             f"most {backbone.max_positions}"
         )
+    if attention != "auto":
+        backbone.attend(training=attention, evaluating=attention)
     built = build_pooler(pooler, backbone, num_fields=num_fields)
     model = TextModel(backbone, built, heads, head_dropout=head_dropout, num_masks=num_masks, with_vectors=with_vectors)
     backbone.freeze(embeddings=freeze_embeddings, num_layers=freeze_layers)
+    if cache_frozen:
+        skip_lowest(backbone, freeze_layers, built.layers)
     if gradient_checkpointing:
         backbone.checkpoint_gradients()
     return model

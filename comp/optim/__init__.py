@@ -13,11 +13,16 @@ from comp.catalog import Row, pick
 from comp.optim.bertadam import BERTAdam
 from comp.optim.groups import ParameterGroup
 from comp.optim.lookahead import Lookahead
+from comp.optim.madgrad import MADGRAD
+from comp.optim.radam import RAdam
 
 __all__ = ["OPTIMIZERS", "build_optimizer", "check_options"]
 
 Groups = list[dict[str, Any]]
 PACKAGES = ("torch.optim", "torch_optimizer")
+FUSED = ("torch.optim.Adam", "torch.optim.AdamW")
+FUSED_ON = {"cpu", "cuda"}
+"""Devices for which torch has their fused kernels. (SGD's fails where a parameter gets its first gradient late.)"""
 OWN_RATES = "ignores the groups' learning rates"
 UNFIT = {
     "torch.optim.LBFGS": "has one rate for all parameters and evaluates the loss itself; use adamw",
@@ -35,14 +40,22 @@ UNFIT = {
 NOT_OPTIONS = ("self", "params", "lr", "weight_decay", "foreach", "fused", "capturable", "differentiable", "maximize")
 
 
+def _devices(groups: Groups) -> set[str]:
+    return {parameter.device.type for group in groups for parameter in group["params"]}
+
+
 def adamw(groups: Groups, *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     """Build torch's AdamW, fused where the device has the kernel."""
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=devices <= {"cpu", "cuda"})
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=_devices(groups) <= FUSED_ON)
 
 
 def radam(groups: Groups, *, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    """Build torch's RAdam with decoupled decay (its default is L2); torch_optimizer's ignores the groups' rates."""
+    """Build RAdam with decoupled decay: our fused one on a CPU, torch's elsewhere, in foreach form on a GPU.
+
+    torch_optimizer's ignores the groups' rates.
+    """
+    if _devices(groups) <= {"cpu"}:
+        return RAdam(groups, betas=betas, eps=eps)
     return torch.optim.RAdam(groups, betas=betas, eps=eps, decoupled_weight_decay=True)
 
 
@@ -51,18 +64,6 @@ def radam_lookahead(
 ) -> torch.optim.Optimizer:
     """Build RAdam inside Lookahead, known as Ranger."""
     return Lookahead(radam(groups, betas=betas, eps=eps), steps=steps, alpha=alpha)
-
-
-def madgrad(groups: Groups, *, momentum: float, eps: float, decouple_decay: bool) -> torch.optim.Optimizer:
-    """Build the authors' MADGRAD. Raises ValueError when its package is missing, or for NaN at the first step."""
-    try:
-        from madgrad import MADGRAD
-    except ImportError:
-        raise ValueError("optimizer 'madgrad' needs the package madgrad; pip install 'comp[optimizers]'") from None
-    if momentum == 0 and eps == 0:
-        raise ValueError("optimizer 'madgrad': momentum 0 with eps 0 divides 0 by 0 at the first step; set eps to 1e-6")
-    optimizer: torch.optim.Optimizer = MADGRAD(groups, momentum=momentum, eps=eps, decouple_decay=decouple_decay)
-    return optimizer
 
 
 def adafactor(groups: Groups, *, beta2_decay: float, clip_threshold: float) -> torch.optim.Optimizer:
@@ -76,7 +77,9 @@ def by_path(groups: Groups, *, path: str, options: Mapping[str, Any]) -> torch.o
     """Build the class at `path` with `options`. Raises ValueError when there is none, or an option is not its own."""
     check_options(path, options)
     module, name = path.rsplit(".", 1)
-    optimizer: torch.optim.Optimizer = getattr(import_module(module), name)(groups, **options)
+    # torch takes foreach by itself on a GPU, but never the fused kernel, which a CPU gains from too.
+    fused = {"fused": True} if path in FUSED and _devices(groups) <= FUSED_ON else {}
+    optimizer: torch.optim.Optimizer = getattr(import_module(module), name)(groups, **options, **fused)
     return optimizer
 
 
@@ -106,7 +109,7 @@ OPTIMIZERS: dict[str, Row] = {
     "bertadam": Row(BERTAdam, "Adam without bias correction, for the ablation", "arXiv:1810.04805"),
     "radam": Row(radam, "Adam whose adaptive rate sets in as its variance falls", "arXiv:1908.03265"),
     "radam_lookahead": Row(radam_lookahead, "RAdam inside Lookahead", "arXiv:1908.03265, arXiv:1907.08610"),
-    "madgrad": Row(madgrad, "dual averaging with a cube root; wants its own learning rate", "arXiv:2101.11075"),
+    "madgrad": Row(MADGRAD, "dual averaging with a cube root; wants its own learning rate", "arXiv:2101.11075"),
     "adafactor": Row(adafactor, "second moments by rows and columns: little memory", "arXiv:1804.04235"),
     "class": Row(by_path, "any class of torch.optim or torch_optimizer, by its dotted name", "torch, torch_optimizer"),
 }

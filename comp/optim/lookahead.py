@@ -32,8 +32,11 @@ class Lookahead(torch.optim.Optimizer):
         for parameter in self._parameters():
             self.state[parameter] = {"slow": parameter.detach().clone()}
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
+    def _parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _slow(self) -> list[torch.Tensor]:
+        return [self.state[parameter]["slow"] for parameter in self._parameters()]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -42,10 +45,9 @@ class Lookahead(torch.optim.Optimizer):
         self.inner.step()
         self.count += 1
         if self.count % self.steps == 0:
-            for parameter in self._parameters():
-                slow = self.state[parameter]["slow"]
-                slow.lerp_(parameter.detach(), self.alpha)
-                parameter.copy_(slow)
+            parameters, slow = self._parameters(), self._slow()
+            torch._foreach_lerp_(slow, parameters, self.alpha)
+            torch._foreach_copy_(parameters, slow)
 
     @contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -53,18 +55,16 @@ class Lookahead(torch.optim.Optimizer):
         parameters = self._parameters()
         fast = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
-            for parameter in parameters:
-                parameter.copy_(self.state[parameter]["slow"])
+            torch._foreach_copy_(parameters, self._slow())
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, kept in zip(parameters, fast, strict=True):
-                    parameter.copy_(kept)
+                torch._foreach_copy_(parameters, fast)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the inner state, the slow weights in the order of the groups, and the count of steps."""
-        slow = [self.state[parameter]["slow"].clone() for parameter in self._parameters()]
+        slow = [tensor.clone() for tensor in self._slow()]
         return {"inner": self.inner.state_dict(), "slow": slow, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,5 +73,5 @@ class Lookahead(torch.optim.Optimizer):
         self.param_groups = self.inner.param_groups  # torch makes new ones on loading
         self.count = state_dict["count"]
         with torch.no_grad():
-            for parameter, slow in zip(self._parameters(), state_dict["slow"], strict=True):
-                self.state[parameter]["slow"].copy_(slow)
+            for own, slow in zip(self._slow(), state_dict["slow"], strict=True):
+                own.copy_(slow)

@@ -162,6 +162,7 @@ class LoadedRun:
             num_fields=len(self.config.competition.text_columns),
             part=model.part,
             dropout=model.dropout,
+            attention=model.attention,
             head_dropout=model.head_dropout,
         )
         self.runtime.halve_linear_(built.backbone)

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 __all__ = ["ABSENT", "KAGGLE", "PACKAGE", "build_comp", "closure", "repack"]
 
-ABSENT = ("iterative-stratification", "madgrad", "torch-optimizer", "pytorch-ranger")
+ABSENT = ("iterative-stratification", "torch-optimizer", "pytorch-ranger")
 """What Kaggle's image lacks and a notebook may want, for training; inference needs none of it."""
 KAGGLE = ("torch", "transformers", "numpy", "pandas", "scikit-learn", "safetensors", "PyYAML", "pydantic")
 """What comp's inference takes from Kaggle's image."""

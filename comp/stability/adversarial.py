@@ -11,6 +11,7 @@ nothing; a loss scale cancels out. Weights come back from a copy, bit by bit: ad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -50,8 +51,10 @@ class FGM(NoAdversary):
         moved = bool(moving)
         try:
             with torch.no_grad():
-                for parameter in moving:
-                    moved = self._move(parameter) and moved
+                norms = torch._foreach_norm([p.grad for p in moving if p.grad is not None]) if moving else ()
+                read = torch.stack(norms).tolist() if moving else []  # one sync point for all
+                for parameter, norm, value in zip(moving, norms, read, strict=True):
+                    moved = self._move(parameter, norm, value) and moved
             if moved:
                 self._before_second_pass()
             yield moved
@@ -60,12 +63,12 @@ class FGM(NoAdversary):
                 for parameter, value in zip(moving, kept, strict=True):
                     parameter.copy_(value)
 
-    def _move(self, parameter: nn.Parameter) -> bool:
+    def _move(self, parameter: nn.Parameter, norm: torch.Tensor, value: float) -> bool:
+        """Move one parameter, whose gradient has `norm`, read as `value`; tell whether that shows a direction."""
         assert parameter.grad is not None
-        norm = parameter.grad.norm()
-        if not bool(torch.isfinite(norm)) or not bool(norm > 0):
+        if not math.isfinite(value) or not value > 0:
             return False
-        parameter.add_(parameter.grad, alpha=float(self.eps / norm))
+        parameter.addcmul_(parameter.grad, self.eps / norm)
         return True
 
     def _before_second_pass(self) -> None:
@@ -100,12 +103,11 @@ class AWP(FGM):
         reached = best_score >= self.start_score if self.higher_is_better else best_score <= self.start_score
         return epochs >= self.start_epoch and reached
 
-    def _move(self, parameter: nn.Parameter) -> bool:
+    def _move(self, parameter: nn.Parameter, norm: torch.Tensor, value: float) -> bool:
         assert parameter.grad is not None
-        norm = parameter.grad.norm()
-        if not bool(torch.isfinite(norm)):
+        if not math.isfinite(value):
             return False
-        if bool(norm > 0):
+        if value > 0:
             limit = self.eps * parameter.abs()
             step = parameter.grad * (self.lr * parameter.norm() / norm)
             parameter.add_(torch.minimum(torch.maximum(step, -limit), limit))

@@ -30,6 +30,10 @@ class PriorDecay:
             for parameter in group["params"]
         }
         self.handle = optimizer.register_step_pre_hook(self._before_step)
+        if self.prior:
+            # A fused optimizer takes a step that the loss scaler skips too, and leaves the weights as they are in it;
+            # the hook would pull all the same. So the scaler does the skipping, as for every other optimizer.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:

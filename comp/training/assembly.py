@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,17 @@ from torch import nn
 
 from comp.config import Config
 from comp.data.tables import Table
+from comp.data.tokens import Encoded
+from comp.kernels import Kernels, choose
 from comp.metrics import METRICS, is_better
+from comp.model.backbone import backbone_config
+from comp.model.frozen import NoFrozenStates, open_frozen_states
 from comp.model.heads import plan_heads
 from comp.model.text_model import TextModel, build_model
 from comp.model.token_pooling import PoolerOutput
 from comp.optim import build_optimizer
 from comp.optim.groups import ParameterGroup, build_groups
+from comp.runtime import Runtime
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.averaging import EMA, SWA, NoAverager, Soup
 from comp.stability.contrast import SupCon
@@ -37,7 +42,9 @@ __all__ = [
     "build_fold_model",
     "build_fold_optimizer",
     "build_supcon",
+    "choose_kernels",
     "finish_average",
+    "open_frozen",
 ]
 
 
@@ -54,11 +61,13 @@ def build_fold_model(config: Config, table: Table, tokenizer: Any) -> tuple[Text
         num_fields=len(table.texts),
         part=model.part,
         dropout=model.dropout,
+        attention=model.attention,
         head_dropout=model.head_dropout,
         num_masks=max(1, model.multi_sample_dropout),
         with_vectors=stability.supcon.weight > 0,
         freeze_embeddings=model.freeze_embeddings,
         freeze_layers=model.freeze_layers,
+        cache_frozen=model.cache_frozen,
         gradient_checkpointing=model.gradient_checkpointing,
         allow_pickle=model.allow_pickle,
     )
@@ -73,6 +82,32 @@ def build_fold_model(config: Config, table: Table, tokenizer: Any) -> tuple[Text
         ]
     mix_(built.backbone, stability.mixout, fresh=fresh)  # after: what is random must not be mixed towards
     return built, fresh
+
+
+def choose_kernels(
+    config: Config, runtime: Runtime, known: Mapping[str, Any] | None, say: Callable[[str], None]
+) -> tuple[Kernels, Runtime]:
+    """Return what all folds of a run train with; `known`: what its manifest holds of an earlier choice."""
+    model = config.model
+    return choose(
+        backbone_config(model.backbone, model.dropout),
+        runtime,
+        attention=model.attention,
+        precision=config.training.precision,
+        max_length=model.max_length,
+        known=known,
+        say=say,
+    )
+
+
+def open_frozen(
+    config: Config, encoded: Encoded, runtime: Runtime, folder: Path, say: Callable[[str], None]
+) -> NoFrozenStates:
+    """Make room for the states of the frozen part, which all folds share; nothing where the config does not want it."""
+    if not config.model.cache_frozen:
+        return NoFrozenStates()
+    size = int(backbone_config(config.model.backbone, None).hidden_size)
+    return open_frozen_states(encoded, hidden_size=size, runtime=runtime, folder=folder, say=say)
 
 
 def build_fold_groups(config: Config, model: TextModel, fresh: list[nn.Parameter]) -> list[ParameterGroup]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from comp.runs import RUNS, RunFolder, claim, read_json, sweep, write_json
 from comp.runtime import open_runtime, release_memory
 from comp.tracking import check_tracking
 from comp.training import oof
-from comp.training.assembly import build_fold_groups, build_fold_optimizer
+from comp.training.assembly import build_fold_groups, build_fold_optimizer, choose_kernels, open_frozen
 from comp.training.checkpoint import bytes_of
+from comp.training.compiling import check_compiler
 from comp.training.dispatch import How, Job, JobsFailed, Say, map_jobs, threads_each
 from comp.training.lessons import open_pseudo
 from comp.training.one_fold import Fold, Plan, Ready, Watch, rows_of, train_job, unwatched
@@ -137,8 +138,17 @@ def _prepare(
             f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
             "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
         )
+    if how.where != "serial" and config.model.cache_frozen:
+        raise ValueError(
+            "model.cache_frozen keeps the states for the folds of one process; set it to false, or leave out --jobs, "
+            "--on and torch.distributed.run"
+        )
+    if how.where == "ranks" and config.training.compile:
+        raise ValueError("training.compile does not work under torch.distributed.run; set it to false")
     check_tracking(config.tracking)
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
+    if config.training.compile:
+        check_compiler(runtime)
     tokenizer = load_tokenizer(config.model.backbone)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
 
@@ -163,16 +173,24 @@ def _prepare(
     for fold, (training, _) in rows.items():
         check_steps(config, fold, pseudo.lesson(fold, table, training), encoded.lengths)
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
+    about: dict[str, Any] = {"threads": threads, "backbone": config.model.backbone, "classes": table.classes}
+    about["tokenizer"] = vocabulary_digest(tokenizer)
+    precision, attention = config.training.precision, None
+    if coming and how.where in ("serial", "processes"):  # the devices of a cluster, or of other ranks, may differ
+        known = read_json(folder.manifest).get("kernels") if folder.manifest.exists() else None
+        kernels, runtime = choose_kernels(config, runtime, known, say)
+        about["kernels"], attention, precision = asdict(kernels), kernels.attention, runtime.precision
     describe = runtime.describe(threads)
     if how.where == "ranks":
         describe = f"{how.ranks.size} x {describe}"
     if how.where == "ray":  # whose devices this machine does not know
         describe = f"Ray ({', '.join(f'{key} {n:g}' for key, n in how.resources.items())}), {config.training.precision}"
-    about: dict[str, Any] = {"runtime": describe, "threads": threads, "backbone": config.model.backbone}
-    about |= {"classes": table.classes, "tokenizer": vocabulary_digest(tokenizer)}
+    about["runtime"] = describe
     claim(folder, config, marks, about, restart=wanted if restart else [])
     sweep(folder.path)
+    frozen = open_frozen(config, encoded, runtime, folder.path, say)
     plan = Plan(config, folder, table, folding, pseudo, tokenizer, encoded, runtime, every, say, ready=ready)
+    plan = replace(plan, precision=precision, attention=attention, frozen=frozen)
     say(f"run {folder.path}: {len(table):,} rows, {int(encoded.offsets[-1]):,} tokens on {describe}")
     begun_with = read_json(folder.manifest).get("threads")
     if runtime.device.type == "cpu" and how.where != "ray" and begun_with not in (None, threads):

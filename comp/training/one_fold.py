@@ -20,6 +20,7 @@ from comp.data.tables import Table
 from comp.data.tokens import Encoded
 from comp.metrics import is_better
 from comp.model.backbone import save_recipe
+from comp.model.frozen import NoFrozenStates
 from comp.model.text_model import TextModel
 from comp.optim.groups import group_table
 from comp.optim.lookahead import Lookahead
@@ -40,6 +41,7 @@ from comp.training.assembly import (
 )
 from comp.training.cadence import Never
 from comp.training.checkpoint import bytes_of, save_weights
+from comp.training.compiling import compile_backbone
 from comp.training.held_out import HeldOut
 from comp.training.job import Link, Say
 from comp.training.lessons import NoPseudo, Stages
@@ -101,11 +103,16 @@ class Plan:
     ready: Ready = field(default_factory=Ready)
     to_come: int = 0
     """Folds that are still to be trained after the present one: the time left for the whole run."""
+    precision: str = "auto"
+    """What the runtime is opened with where a fold is trained."""
+    attention: str | None = None
+    """Kernel of training passes where the config leaves it open; None = as transformers has it."""
+    frozen: NoFrozenStates = field(default_factory=NoFrozenStates)
 
 
 def train_job(plan: Plan, fold: Fold, link: Link) -> None:
     """Train one fold as a job of `map_jobs`, here or in another process."""
-    runtime = open_runtime(plan.config.training.precision)
+    runtime = open_runtime(plan.precision)
     plan = replace(plan, runtime=runtime, say=link.say, open_progress=link.open_progress)
     train_fold(plan, fold, link.stopper, link.ranks)
 
@@ -125,10 +132,12 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         folder.bad_batch.unlink(missing_ok=True)  # of an earlier sitting
     model, fresh = plan.ready.take(config, table, plan.tokenizer)
     model.pooler.fit(plan.encoded.documents(training))
+    model.backbone.attend(training=plan.attention)
     start = start_digest(model)
     ranks.check_same(start)
     ranks.reseed(config.training.seed)
     model.to(runtime.device)
+    plan.frozen.serve(model)
     if ranks.first:
         with full_disk_said(plan.folder.backbone):
             save_recipe(model.backbone, plan.tokenizer, plan.folder.backbone)
@@ -243,6 +252,9 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         blame=lambda rows, about: folder.blame(lesson.table.ids[rows], about) if ranks.first else "",
         ranks=ranks,
     )
+    report = None
+    if config.training.compile:
+        report = compile_backbone(model, parts, longest_window(lesson.all_rows, plan.encoded.lengths, **sizes)[0])
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     padding = {"training": stages.padding(plan.encoded), "evaluation": held.padding()}
     shares = [f"{share:.1%} of tokens in {name}" for name, share in padding.items() if share is not None]
@@ -276,6 +288,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
             f"fold {fold}: {config.metric} best {state.best_score:.5f} at step {state.best_step} of {state.step}, "
             f"last {state.last_score:.5f}, {also}{state.num_evaluations} evaluations, {summary['seconds']:.0f} s"
         )
+    if report is not None:
+        plan.say(f"fold {fold}: {report.told(state.step * config.training.passes)}")
     if ranks.first:
         write_json(folder.done, summary)  # a fold is finished when this file is there
         folder.drop_state()
