@@ -90,7 +90,7 @@ def choose(
     usual = f"{attentions[0]} {runtime.precision}"
     rates: dict[str, float] = {}
     if len(attentions) > 1 or halves:
-        found = _kept_or_measured(config, runtime, tokens)
+        found = _kept_or_measured(config, runtime, tokens, say)
         precisions = halves or (runtime.precision,)
         wanted = [f"{one} {other}" for one in attentions for other in precisions]
         rates = {name: rate for name, rate in found.items() if name in wanted or PLAIN in name}
@@ -248,8 +248,8 @@ def kept() -> dict[str, dict[str, dict[str, float]]]:
         return {}
 
 
-def _kept_or_measured(config: Any, runtime: Runtime, tokens: int) -> dict[str, float]:
-    """Return rates from the cache, or measure them and keep them; empty where they cannot be kept."""
+def _kept_or_measured(config: Any, runtime: Runtime, tokens: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Return rates from the cache, or measure them and keep them; empty where they cannot be kept or measured."""
     import torch
 
     place = f"{device_name(runtime.device)}; torch {torch.__version__}"
@@ -265,7 +265,13 @@ def _kept_or_measured(config: Any, runtime: Runtime, tokens: int) -> dict[str, f
         writable = False
     if not writable:
         return {}
-    rates = measure(config, runtime, tokens=tokens)
+    try:
+        rates = measure(config, runtime, tokens=tokens)
+    except Exception as fault:  # of an architecture that does not come apart into blocks: training needs no figures
+        say(
+            f"attention and precision could not be measured ({type(fault).__name__}: {fault}): the usual ones are taken"
+        )
+        return {}
     known.setdefault(place, {})[shape] = rates
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -68,6 +68,7 @@ def test_a_compiled_run_is_the_plain_one(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself, where inductor is imported
 def test_a_run_compiled_for_good_is_the_plain_one(trained: Callable[..., tuple[Any, list[str]]]) -> None:
     check(trained)
 

@@ -150,6 +150,18 @@ def test_a_cache_that_is_a_file_costs_the_measurement_only(tiny_model_folder: Fo
     assert (found.attention, runtime.precision, found.rates, said) == ("sdpa", "bf16", {}, [])
 
 
+def test_what_cannot_be_measured_is_said_and_trains_as_usual(
+    tiny_model_folder: Folder, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> dict[str, float]:
+        raise KeyError("layers")
+
+    monkeypatch.setattr(kernels, "measure", failing)
+    found, runtime, said = chosen(tiny_model_folder("bert"))
+    assert (found.attention, runtime.precision, found.rates) == ("sdpa", "bf16", {})
+    assert said == ["attention and precision could not be measured (KeyError: 'layers'): the usual ones are taken"]
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
