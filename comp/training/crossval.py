@@ -175,7 +175,8 @@ def _prepare(
     marks = {"data": table.fingerprint(), **({"folds": folding.fingerprint} if folding else {}), **pseudo.marks}
     about: dict[str, Any] = {"threads": threads, "backbone": config.model.backbone, "classes": table.classes}
     about["tokenizer"] = vocabulary_digest(tokenizer)
-    precision, attention = config.training.precision, None
+    attention: str | None = None
+    precision: str = config.training.precision
     if coming and how.where in ("serial", "processes"):  # the devices of a cluster, or of other ranks, may differ
         known = read_json(folder.manifest).get("kernels") if folder.manifest.exists() else None
         kernels, runtime = choose_kernels(config, runtime, known, say)
