@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 
 from comp import config_file
-from comp.model.backbone import load_tokenizer, save_recipe
+from comp.model.backbone import save_recipe
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import build_model
 from comp.runs import RunFolder, claim, write_json
 from comp.training.checkpoint import save_weights

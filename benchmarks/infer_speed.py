@@ -40,7 +40,7 @@ from train_speed import BACKBONE, Bare
 from transformers import AutoTokenizer, logging
 
 from comp.data.batches import Batch
-from comp.model.backbone import resolve_source
+from comp.model.sources import resolve_source
 from comp.runs import RunFolder
 from comp.ship.infer import infer, load
 from comp.training.predict import batch_tokens_of

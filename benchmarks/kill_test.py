@@ -74,7 +74,7 @@ def prepare(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel
 
-    from comp.model.backbone import load_tokenizer
+    from comp.model.sources import load_tokenizer
     from comp.ship.demo import find_reviews, read_reviews
 
     os.chdir(folder)

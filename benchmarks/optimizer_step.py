@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import build_model
 from comp.optim import build_optimizer
 from comp.optim.groups import ParameterGroup, build_groups

@@ -21,7 +21,7 @@ from finished_run import ROOT
 
 from comp.data.batches import count_tokens, sorted_batches, training_windows
 from comp.data.tokens import Encoded, encode
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.ship.demo import find_reviews, read_reviews
 from comp.training.early import blocks
 from comp.training.predict import CPU_TOKENS, GPU_TOKENS

@@ -20,8 +20,8 @@ import torch
 
 from comp.data.batches import Batch, collate
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer
 from comp.model.pooling import POOLERS
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime, open_runtime
 from comp.ship.demo import find_reviews, read_reviews

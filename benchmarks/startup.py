@@ -99,7 +99,7 @@ def prepare(rows: int, backbone: str) -> str:
     """Write data and config into the current folder, and start once; return the folder of the backbone."""
     import pandas as pd
 
-    from comp.model.backbone import resolve_source
+    from comp.model.sources import resolve_source
 
     pd.read_csv(DATA).sample(rows, random_state=1).to_csv("train.csv", index=False)
     Path("startup.yaml").write_text(CONFIG.replace("BACKBONE", json.dumps(backbone)))

@@ -77,7 +77,7 @@ class Job:
 
     @property
     def folder(self) -> str:
-        from comp.model.backbone import resolve_source
+        from comp.model.sources import resolve_source
 
         return str(resolve_source(self.backbone))
 
@@ -366,7 +366,7 @@ def random_large(folder: Path) -> Path:
     """Write a random model of RoBERTa-large's size (24 layers, 1024 wide) with MiniLM's tokenizer."""
     from transformers import BertConfig, BertModel
 
-    from comp.model.backbone import resolve_source
+    from comp.model.sources import resolve_source
 
     if not (folder / "model.safetensors").exists():
         tokenizer = AutoTokenizer.from_pretrained(resolve_source(BACKBONE))

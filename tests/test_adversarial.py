@@ -20,7 +20,7 @@ from comp import config_file
 from comp.config import Task
 from comp.data.batches import Batch, collate
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import build_model
 from comp.stability.adversarial import AWP, FGM, NoAdversary
 from comp.stability.consistency import disagreement, twice

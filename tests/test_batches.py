@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from comp.data.batches import Labels, collate, count_tokens, longest_window, sorted_batches, training_windows
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 
 TEXTS = ["the ship was golden", "a dull tram", "deer", "on the bridge she was happy and the market was bright"]
 

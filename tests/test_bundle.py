@@ -580,7 +580,8 @@ def test_code_of_a_checkpoint_is_never_run(
     tmp_path: Path, tiny_model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint that names code of its own is read by transformers' own class; its code leaves no trace."""
-    from comp.model.backbone import load_backbone, load_tokenizer, rebuild_backbone
+    from comp.model.backbone import load_backbone, rebuild_backbone
+    from comp.model.sources import load_tokenizer
 
     folder = Path(shutil.copytree(tiny_model_folder("bert"), tmp_path / "remote"))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")

@@ -22,7 +22,8 @@ from comp.blend.ensemble import one_hot
 from comp.blend.features import FEATURES, Source, parse_features, transform, write_features
 from comp.cli import app
 from comp.data.tables import read_train
-from comp.model.backbone import load_backbone, load_tokenizer
+from comp.model.backbone import load_backbone
+from comp.model.sources import load_tokenizer
 from comp.runtime import Runtime
 from comp.training import crossval
 

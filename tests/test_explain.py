@@ -23,7 +23,7 @@ from comp.cli import app
 from comp.config import Config
 from comp.data.tables import read_train
 from comp.data.tokens import encode, places
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.ship import explain_page
 from comp.ship.explain import Explanation, Word, explain_rows, sample_rows
 from comp.ship.explain_page import explain, sum_words

@@ -17,8 +17,8 @@ from comp import config_file
 from comp.data.batches import collate
 from comp.data.tokens import Encoded, encode
 from comp.model import frozen
-from comp.model.backbone import load_tokenizer
 from comp.model.frozen import FrozenStates, NoFrozenStates, open_frozen_states
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime
 from comp.training import crossval

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY_MODELS
 from torch import nn
 
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.optim.groups import LAYOUTS, build_groups, group_table, layer_wise
 

@@ -28,7 +28,7 @@ from comp.data import tokens
 from comp.data.batches import collate
 from comp.data.tables import read_test
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import build_model
 from comp.runtime import Runtime
 from comp.ship import infer as ship

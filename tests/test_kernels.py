@@ -17,7 +17,7 @@ from conftest import TINY_MODELS, Call, TinyCompetition
 
 from comp import config_file, kernels
 from comp.data.batches import Batch
-from comp.model.backbone import backbone_config, load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime
 from comp.ship.infer import load
@@ -40,26 +40,26 @@ def chosen(
 ) -> tuple[kernels.Kernels, Runtime, list[str]]:
     said: list[str] = []
     wanted = {"attention": "auto", "precision": "auto"} | wishes
-    config = backbone_config(str(folder), dropout)
+    config = read_config(str(folder), dropout)
     found, opened = kernels.choose(config, runtime, max_length=16, known=known, say=said.append, **wanted)
     return found, opened, said
 
 
 def test_each_way_is_measured_without_touching_the_runs_random_numbers(tiny_model_folder: Folder) -> None:
-    config = backbone_config(str(tiny_model_folder("bert")), 0.1)
+    config = read_config(str(tiny_model_folder("bert")), 0.1)
     before = torch.get_rng_state()
     rates = kernels.measure(config, HALF, tokens=16)
     assert torch.equal(before, torch.get_rng_state())
     assert set(rates) == {*RATES, "sdpa bf16 without dropout", "eager bf16 without dropout"}
     assert all(rate > 0 for rate in rates.values())
     assert config.num_hidden_layers == 3, "the config measured with is a copy"
-    plain = kernels.measure(backbone_config(str(tiny_model_folder("bert")), 0.0), CPU, tokens=16)
+    plain = kernels.measure(read_config(str(tiny_model_folder("bert")), 0.0), CPU, tokens=16)
     assert set(plain) == {"sdpa fp32", "eager fp32"}
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_architecture_can_be_measured(name: str, tiny_model_folder: Folder) -> None:
-    config = backbone_config(str(tiny_model_folder(name)), 0.1)
+    config = read_config(str(tiny_model_folder(name)), 0.1)
     expected = {f"{attention} fp32" for attention in kernels.attentions_of(config)}
     assert {key for key in kernels.measure(config, CPU, tokens=8) if "without" not in key} == expected
 

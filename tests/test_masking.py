@@ -12,7 +12,7 @@ from conftest import FILLER, GOOD, TINY_MODELS, WORDS
 
 from comp.data.masking import FIXED, IGNORE, LABELS, Masker, encode_texts
 from comp.data.tokens import encode, template_of
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 
 generator = np.random.default_rng(0)
 TEXTS = [" ".join(generator.choice(WORDS, size)) + " zebra" for size in generator.integers(3, 40, 60)]

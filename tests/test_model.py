@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from comp.data.batches import collate
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer, resolve_source
+from comp.model.sources import load_tokenizer, resolve_source
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime
 from comp.training.checkpoint import load_weights, save_weights

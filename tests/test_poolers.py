@@ -18,9 +18,10 @@ from pydantic import TypeAdapter
 from comp.config_poolers import Pooler as PoolerConfig
 from comp.data.batches import collate
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer, save_recipe
+from comp.model.backbone import save_recipe
 from comp.model.pooling import POOLERS, Pooler, build_pooler, needs_trained_pooler
 from comp.model.sbert_wk import neighbours, token_weights
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.model.token_pooling import cls_index, masked_max, masked_mean
 from comp.optim import build_optimizer

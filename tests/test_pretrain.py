@@ -20,8 +20,9 @@ from comp import config_file
 from comp.data.batches import collate
 from comp.data.lineage import read_lineage, text_marks
 from comp.data.masking import FIXED, LABELS, Masker, encode_texts
-from comp.model.backbone import load_backbone, load_tokenizer
+from comp.model.backbone import load_backbone
 from comp.model.pretraining import LOGITS, MaskedLM, load_masked_lm, load_sentence_encoder, write_backbone
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import VECTOR
 from comp.runs import RunFolder
 from comp.runtime import open_runtime, random_state, set_random_state

@@ -30,7 +30,7 @@ from comp.data.folds import read_folds
 from comp.data.tables import read_train
 from comp.data.tokens import encode
 from comp.metrics import evaluate
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.runs import RunFolder, claim, write_json
 from comp.ship.report import report_text, write_report
 from comp.ship.report_figures import draw

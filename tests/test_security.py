@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from comp import config_file, tracking
 from comp.config import Tracking
-from comp.model import backbone
-from comp.model.backbone import load_backbone, load_tokenizer
+from comp.model import sources
+from comp.model.backbone import load_backbone
+from comp.model.sources import load_tokenizer
 from comp.runs import RunFolder, kept
 from comp.training import crossval
 from comp.training.resume import Saver, read_state
@@ -192,7 +193,7 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    backbone._hub_is_there.cache_clear()
+    sources._hub_is_there.cache_clear()
     return asked
 
 
@@ -223,7 +224,7 @@ def test_no_network_from_the_folds_to_the_submission(here: Path, call: Call, gua
 
 def test_the_guard_sees_the_hub_being_asked(here: Path, call: Call, guard: list[Any]) -> None:
     status, _, err = call("train", "--config", "tiny.yaml", "--run", "new", "--set", "model.backbone=google/none-such")
-    backbone._hub_is_there.cache_clear()
+    sources._hub_is_there.cache_clear()
     assert status == 2 and "Without internet" in err
     assert guard
 

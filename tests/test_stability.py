@@ -20,7 +20,7 @@ from transformers import AutoModel
 from comp import config_file
 from comp.data.batches import collate
 from comp.data.tokens import encode
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.optim import build_optimizer
 from comp.optim.groups import build_groups, group_table

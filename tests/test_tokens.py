@@ -20,7 +20,7 @@ from comp import config_file
 from comp.data import tokens
 from comp.data.batches import collate, sorted_batches
 from comp.data.tokens import Encoded, encode, share_out, template_of, window_starts
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model, mean_of_windows
 from comp.runtime import Runtime
 from comp.ship.infer import infer, load

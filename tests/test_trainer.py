@@ -21,8 +21,8 @@ from comp.data.batches import Labels, collate, training_windows
 from comp.data.tables import Table, read_train
 from comp.data.tokens import encode
 from comp.metrics import is_better
-from comp.model.backbone import load_tokenizer
 from comp.model.losses import num_outputs
+from comp.model.sources import load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.progress import NullProgress
 from comp.stability.adversarial import AWP, FGM, NoAdversary

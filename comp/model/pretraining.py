@@ -16,14 +16,8 @@ from torch import nn
 
 from comp.data.batches import Batch
 from comp.data.masking import chosen_of
-from comp.model.backbone import (
-    Backbone,
-    load_backbone,
-    load_weights_of,
-    quiet_transformers,
-    read_config,
-    recompute_activations,
-)
+from comp.model.backbone import Backbone, load_backbone, load_weights_of, recompute_activations
+from comp.model.sources import quiet_transformers, read_config
 from comp.model.text_model import VECTOR, mean_of_windows
 
 __all__ = ["LOGITS", "MaskedLM", "SentenceEncoder", "load_masked_lm", "load_sentence_encoder", "write_backbone"]

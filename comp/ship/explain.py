@@ -28,8 +28,8 @@ from comp.data.batches import Batch, collate
 from comp.data.frames import read_frame
 from comp.data.tables import Table, read_train
 from comp.data.tokens import encode, places
-from comp.model.backbone import check_tokenizer, load_tokenizer
 from comp.model.losses import decode
+from comp.model.sources import check_tokenizer, load_tokenizer
 from comp.model.text_model import TextModel
 from comp.progress import open_progress
 from comp.runs import read_json

@@ -21,9 +21,9 @@ from comp.data.batches import sorted_batches
 from comp.data.frames import listed
 from comp.data.tables import Table, table_of
 from comp.data.tokens import CACHE, Encoded, Memory, encode
-from comp.model.backbone import check_tokenizer, load_tokenizer
 from comp.model.heads import plan_heads
 from comp.model.losses import build_decoder
+from comp.model.sources import check_tokenizer, load_tokenizer
 from comp.model.text_model import TextModel, build_model
 from comp.progress import open_progress
 from comp.runs import RunFolder, read_json

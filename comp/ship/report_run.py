@@ -23,7 +23,7 @@ from comp.data.batches import count_tokens, sorted_batches
 from comp.data.folds import Folding, read_folds
 from comp.data.tables import Table, read_train
 from comp.data.tokens import Encoded, encode
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.runs import RunFolder, read_json
 from comp.training import oof
 from comp.training.crossval import FOLDS

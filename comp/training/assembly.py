@@ -18,9 +18,9 @@ from comp.data.tables import Table
 from comp.data.tokens import Encoded
 from comp.kernels import Kernels, choose
 from comp.metrics import METRICS, is_better
-from comp.model.backbone import backbone_config
 from comp.model.frozen import NoFrozenStates, open_frozen_states
 from comp.model.heads import plan_heads
+from comp.model.sources import read_config
 from comp.model.text_model import TextModel, build_model
 from comp.model.token_pooling import PoolerOutput
 from comp.optim import build_optimizer
@@ -90,7 +90,7 @@ def choose_kernels(
     """Return what all folds of a run train with; `known`: what its manifest holds of an earlier choice."""
     model = config.model
     return choose(
-        backbone_config(model.backbone, model.dropout),
+        read_config(model.backbone, model.dropout),
         runtime,
         attention=model.attention,
         precision=config.training.precision,
@@ -106,7 +106,7 @@ def open_frozen(
     """Make room for the states of the frozen part, which all folds share; nothing where the config does not want it."""
     if not config.model.cache_frozen:
         return NoFrozenStates()
-    size = int(backbone_config(config.model.backbone, None).hidden_size)
+    size = int(read_config(config.model.backbone, None).hidden_size)
     return open_frozen_states(encoded, hidden_size=size, runtime=runtime, folder=folder, say=say)
 
 

@@ -15,7 +15,7 @@ from comp.data.lineage import check_lineage, read_lineage
 from comp.data.tables import Table, read_competition
 from comp.data.tokens import encode
 from comp.lock import hold
-from comp.model.backbone import load_tokenizer, vocabulary_digest
+from comp.model.sources import load_tokenizer, vocabulary_digest
 from comp.runs import RUNS, RunFolder, claim, read_json, sweep, write_json
 from comp.runtime import open_runtime, release_memory
 from comp.tracking import check_tracking

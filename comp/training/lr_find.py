@@ -23,7 +23,7 @@ from comp.data.folds import get_folds
 from comp.data.tables import read_competition
 from comp.data.tokens import encode
 from comp.metrics import is_better
-from comp.model.backbone import load_tokenizer
+from comp.model.sources import load_tokenizer
 from comp.optim.lookahead import Lookahead
 from comp.progress import open_progress
 from comp.runtime import open_runtime, random_state, release_memory, seed_everything, set_random_state

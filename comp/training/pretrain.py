@@ -23,8 +23,8 @@ from comp.data.folds import Folding, get_or_make_folds, valid_rows
 from comp.data.lineage import Lineage, read_lineage, text_marks, write_lineage
 from comp.data.tables import Table, read_competition
 from comp.lock import hold
-from comp.model.backbone import load_tokenizer, vocabulary_digest
 from comp.model.pretraining import write_backbone
+from comp.model.sources import load_tokenizer, vocabulary_digest
 from comp.optim.groups import build_groups, group_table
 from comp.optim.lookahead import Lookahead
 from comp.progress import open_progress
