@@ -17,7 +17,7 @@ from conftest import TINY_MODELS, Call, TinyCompetition
 
 from comp import config_file, kernels
 from comp.data.batches import Batch
-from comp.model.sources import load_tokenizer
+from comp.model.sources import load_tokenizer, read_config
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime
 from comp.ship.infer import load

@@ -1,4 +1,4 @@
-"""The encoder and its tokenizer, from a local folder, an installed package or the hub.
+"""The encoder: built, loaded, taken apart into blocks.
 
 `depth_of` tells how deep a parameter lies: 0 = embeddings, 1..L = block, L + 1 = anything above the blocks.
 """
