@@ -42,6 +42,7 @@ def search(
     from comp.training.search import Order, open_search
     from comp.training.search import search as run
     from comp.training.search_result import chosen, optimism, study_table, write_best, write_trials
+    from comp.training.search_workers import run_workers
     from comp.training.seeds import parse_seeds
     from comp.training.trainer import Stopped
 
@@ -66,7 +67,7 @@ def search(
     )
     opened = open_search(order)
     try:
-        tried, again = run(opened, restart=restart)
+        tried, again = run(opened, restart=restart, side_by_side=None if jobs == 1 else run_workers)
     except (Stopped, KeyboardInterrupt) as stopped:
         print(f"comp: stopped; the same command goes on from what {order.folder} has")
         raise typer.Exit(128 + stopped.signal if isinstance(stopped, Stopped) else 130) from None

@@ -35,7 +35,7 @@ LAYERS = {
     "config_file.py": 0,
     "search_space.py": 0,
     "pipeline_file.py": 0,
-    "pipeline.py": 0,
+    "pipeline.py": 7,
     "runs.py": 0,
     "lock.py": 0,
     "runtime.py": 0,

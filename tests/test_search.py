@@ -28,6 +28,7 @@ from comp.training import search as searching
 from comp.training.oof import Scores
 from comp.training.search import Order, open_search, search
 from comp.training.search_result import chosen, optimism, study_table, write_best
+from comp.training.search_workers import run_workers
 from comp.training.study import Pruned, Reporter, Tried, hours_of
 from comp.training.trainer import NonFiniteError, Stopped
 
@@ -396,7 +397,7 @@ def test_two_processes_on_one_study(here: Path) -> None:
     Path("space.yaml").write_text("optimizer.lr: {kind: float, low: 1.0e-4, high: 1.0e-2, log: true}\n")
     said: list[str] = []
     order = replace(ORDER, trials=4, jobs=2, overrides=["training.max_rows=16"])
-    tried, _ = search(open_search(order), say=said.append)
+    tried, _ = search(open_search(order), side_by_side=run_workers, say=said.append)
     assert [one.number for one in tried] == [0, 1, 2, 3] and all(one.finished for one in tried)
     assert len({str(one.values) for one in tried}) == 4
     assert sum(": complete" in line or ": pruned" in line for line in said) == 4
@@ -410,7 +411,7 @@ def test_workers_that_die_end_the_search_with_a_reason(here: Path, monkeypatch: 
     Path("space.yaml").write_text("training.batch_size: [8, 16]\n")
     monkeypatch.setattr(search_workers, "COMMAND", "import os, sys; print('no memory', file=sys.stderr); os.abort()")
     with pytest.raises(RuntimeError, match=r"4 workers of the search died \(exit status -6, -6; see .*worker0.log"):
-        search(open_search(replace(ORDER, jobs=2)), say=quiet)
+        search(open_search(replace(ORDER, jobs=2)), side_by_side=run_workers, say=quiet)
     assert "no memory" in Path("searches/lr/worker0.log").read_text()
 
 
@@ -421,7 +422,7 @@ def test_a_worker_says_what_it_was_refused(here: Path, monkeypatch: pytest.Monke
     code = "import json, sys; json.loads(sys.stdin.readline()); print('\\0' + json.dumps('refused, because'))"
     monkeypatch.setattr(search_workers, "COMMAND", code)
     with pytest.raises(ValueError, match="refused, because"):
-        search(open_search(replace(ORDER, jobs=2)), say=quiet)
+        search(open_search(replace(ORDER, jobs=2)), side_by_side=run_workers, say=quiet)
     assert not Path("searches").exists()
 
 

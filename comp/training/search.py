@@ -34,6 +34,7 @@ __all__ = ["SEARCHES", "Finalist", "Order", "Search", "open_search", "search"]
 
 SEARCHES = Path("searches")
 Say = Callable[[str], None]
+SideBySide = Callable[["Search", Study, Callable[[], None], Say], None]
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,16 @@ def open_search(order: Order) -> Search:
     return Search(order, source, base, read_space(order.space, source, order.overrides), folds)
 
 
-def search(found: Search, *, restart: bool = False, say: Say = print) -> tuple[list[Tried], list[Finalist]]:
+def search(
+    found: Search, *, restart: bool = False, side_by_side: SideBySide | None = None, say: Say = print
+) -> tuple[list[Tried], list[Finalist]]:
     """Run the trials that the budget has left, then the finalists that are not trained yet.
 
-    Returns all trials by number, and the finalists, best first. `restart`: forget what is there. Raises ValueError
+    Returns all trials by number, and the finalists, best first. `restart`: forget what is there. `side_by_side`: runs
+    the trials in several processes (see search_workers.py); None = here, one after the other. Raises ValueError
     when another process is at this search, or what is there was made from something else; Stopped after SIGTERM or
     Ctrl-C: the same command goes on, and tries again what was under way.
     """
-    from comp.training.search_workers import run_workers
-
     order = found.order
     with hold(order.folder):
         fresh = _claim(found, restart)
@@ -158,10 +160,10 @@ def search(found: Search, *, restart: bool = False, say: Say = print) -> tuple[l
             mend_journal(order.folder)
             study = found.study()
             _give_up(found, study, say)
-            if order.jobs == 1:
+            if side_by_side is None:
                 work(found, study, say)
             else:
-                run_workers(found, study, give_up=lambda: _give_up(found, study, say), say=say)
+                side_by_side(found, study, lambda: _give_up(found, study, say), say)
         except ValueError:
             if fresh and not any(one.finished for one in found.study().tried()):
                 shutil.rmtree(order.folder)  # refused before anything was done, as if it had not been asked for

@@ -35,7 +35,7 @@ MISTAKE = "\0"  # how a line begins that says what was wrong
 Say = Callable[[str], None]
 
 
-def run_workers(found: Search, study: Study, *, give_up: Callable[[], None], say: Say) -> None:
+def run_workers(found: Search, study: Study, give_up: Callable[[], None], say: Say) -> None:
     """Have `--jobs` processes run trials until the budget is spent. `give_up`: for the trials of dead workers.
 
     Raises ValueError for what a worker was refused, RuntimeError when workers keep dying, Stopped on SIGTERM or Ctrl-C.
