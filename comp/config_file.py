@@ -31,6 +31,7 @@ __all__ = [
     "load_base",
     "parse_pairs",
     "parse_yaml",
+    "read_yaml",
     "schema",
 ]
 
@@ -265,17 +266,22 @@ def find(path: str | Path) -> Path:
     )
 
 
+def read_yaml(file: Path) -> Any:
+    """Read a YAML file. Raises ConfigError where it is none."""
+    try:
+        return parse_yaml(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as fault:
+        raise ConfigError(str(file), [f"not UTF-8 text (byte {fault.start}); save it as UTF-8"]) from None
+    except ValueError as fault:
+        raise ConfigError(str(file), [str(fault)]) from None
+
+
 def _read(file: Path, merged: _Merged, chain: tuple[Path, ...]) -> None:
     resolved = file.resolve()
     if resolved in chain:
         circle = " -> ".join(link.name for link in (*chain[chain.index(resolved) :], resolved))
         raise ConfigError(str(file), [f"extends goes in a circle: {circle}"])
-    try:
-        data = parse_yaml(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as fault:
-        raise ConfigError(str(file), [f"not UTF-8 text (byte {fault.start}); save it as UTF-8"]) from None
-    except ValueError as fault:
-        raise ConfigError(str(file), [str(fault)]) from None
+    data = read_yaml(file)
     if data is None:
         data = {}
     if not isinstance(data, dict):

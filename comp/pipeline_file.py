@@ -72,12 +72,7 @@ def read_pipeline(path: str | Path, commands: Mapping[str, Command]) -> tuple[Pi
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"pipeline file '{path}' not found; give its path, like configs/two-stage/pipeline.yaml")
-    try:
-        data = config_file.parse_yaml(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as fault:
-        raise ConfigError(str(file), [f"not UTF-8 text (byte {fault.start}); save it as UTF-8"]) from None
-    except ValueError as fault:
-        raise ConfigError(str(file), [str(fault)]) from None
+    data = config_file.read_yaml(file)
     if not isinstance(data, dict):
         raise ConfigError(str(file), [f"a pipeline is a mapping with name and steps, got {type(data).__name__}"])
     try:
@@ -224,7 +219,8 @@ def _outputs(call: Call) -> list[str]:
         case "train":
             return [] if "check-determinism" in call.args else [f"runs/{run}{'-debug' if 'debug' in call.args else ''}"]
         case "pretrain":
-            return [f"runs/{run}"]
+            fold = call.one("fold")
+            return [f"runs/{call.one('run') or f'{stem}-pretrain' + ('' if fold is None else f'-fold{fold}')}"]
         case "classical":
             features = [name.replace(":", "-") for name in call.args["features"]]
             return [f"runs/{call.one('run', '-'.join([*features, call.one('estimator', 'ridge') or '']))}"]

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from comp.catalog import nearest
-from comp.config_file import ConfigError, Source, parse_yaml
+from comp.config_file import ConfigError, Source, read_yaml
 from comp.config_section import Section
 
 __all__ = ["Asker", "Space", "overrides_of", "read_space", "told"]
@@ -225,12 +225,7 @@ def read_space(path: str | Path, source: Source, overrides: Sequence[str] = ()) 
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--space {path}: no such file; write one line a key: optimizer.lr: {{kind: float, low: ...}}")
-    try:
-        data = parse_yaml(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as fault:
-        raise ConfigError(str(file), [f"not UTF-8 text (byte {fault.start}); save it as UTF-8"]) from None
-    except ValueError as fault:
-        raise ConfigError(str(file), [str(fault)]) from None
+    data = read_yaml(file)
     if not isinstance(data, dict) or not data:
         got = type(data).__name__ if data else "nothing"
         raise ConfigError(str(file), [f"a space is a mapping from config keys to what may be tried, got {got}"])

@@ -146,13 +146,13 @@ def write_best(search: Search, best: Tried, tried: Sequence[Tried], finalists: S
     """Write best.yaml: what the best trial changes, over the config that was searched."""
     order, path = search.order, search.order.folder / "best.yaml"
     metric, again = search.base.metric, next((own for own in finalists if own.tried.number == best.number), None)
-    flattered = f"{metric} {best.score:.5f} as trial {best.number}, the best of {len(tried)}, so flattered"
+    finished, hours = sum(one.finished for one in tried), hours_of(tried)
+    flattered = f"{metric} {best.score:.5f} as trial {best.number}, chosen among {finished}, so flattered"
     result = f"{flattered}; no finalist was trained again"
     if again is not None:
         spread = "" if again.deviation is None else f" with deviation {again.deviation:.5f}"
         seeds = ", ".join(map(str, order.seeds))
         result = f"{metric} {again.mean:.5f}{spread} over seeds {seeds}, mean of fold {search.fold} ({flattered})"
-    finished, hours = sum(one.finished for one in tried), hours_of(tried)
     again_cost = f", then {len(finalists)} configs under {len(order.seeds)} seeds" if finalists else ""
     head = [
         f"The best config that search '{order.name}' of {order.config} over {order.space} found.",
