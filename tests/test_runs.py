@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from comp import runtime
-from comp.progress import NullProgress, open_progress
 from comp.runs import (
     RunFolder,
     commit,
@@ -122,16 +121,3 @@ def test_autocast_and_scaler_follow_the_precision() -> None:
             assert (x @ weight).dtype == dtype
         assert not place.grad_scaler().is_enabled()
     assert runtime.Runtime(torch.device("cpu"), "fp16").grad_scaler().is_enabled()
-
-
-def test_progress_shows_rate_and_what_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = open_progress(4, "fold 0")
-    bar.advance(4, loss="0.5", best="0.4")
-    bar.say("a line")
-    bar.close()
-    text = capsys.readouterr().err
-    assert "fold 0" in text
-    assert "loss 0.5 best 0.4" in text
-    assert "a line" in text
-    NullProgress().advance(1)
-    assert capsys.readouterr() == ("", "")

@@ -141,7 +141,9 @@ def test_a_fold_in_wandb_is_its_metrics_jsonl(tracked: Path) -> None:
         assert [row["_step"] for row in found["history"]] == list(merged)
 
         summary = next(line["summary"] for line in lines if "summary" in line)
+        padding = summary.pop("padding")
         assert {name: found["summary"].get(name) for name in summary} == pytest.approx(summary)
+        assert found["summary"].get("padding") == pytest.approx(padding)
         scores = [line["valid/score"] for line in wanted if "valid/score" in line]
         areas = [line["valid/side"] for line in wanted if "valid/side" in line]
         assert nested(found["summary"], "valid/score")["min"] == pytest.approx(min(scores))
