@@ -61,7 +61,9 @@ readme: $(STAMP)  ## write the catalogues into the README's table of techniques
 	$(BIN)/python tests/test_readme.py
 
 bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memory, padding (an hour and more)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_speed.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/infer_speed.py
 	$(BIN)/python benchmarks/infer_memory.py
