@@ -172,6 +172,26 @@ def test_arrays_of_objects_and_pickles_in_wheels_are_unsafe(tmp_path: Path) -> N
     assert "(c/model.pkl) is a pickle" in faults[2] and "(c/_fast.so) is compiled" in faults[3]
 
 
+def test_what_a_published_package_holds_is_its_own_affair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path files are no weights, and a path in its code nobody's home; ours, and what pip noted, are searched."""
+    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("KAGGLE_KEY", SECRET)
+    home, place = "x = '/root/x'", "other-1.0.dist-info/direct_url.json"
+    for name in ("other-1.0-py3-none-any.whl", "comp-1.0-py3-none-any.whl"):
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            wheel.writestr("paths.pth", "import os; os.environ.get('X')")
+            wheel.writestr("bad.pth", pickle.dumps([1]))
+            wheel.writestr("a.py", home)
+            wheel.writestr("b.py", SECRET)
+            wheel.writestr(place, home)
+    faults = [fault.split("-", 1) for fault in unsafe(tmp_path)]
+    other, ours = ([rest for name, rest in faults if name == own] for own in ("other", "comp"))
+    assert len(other) == 3 and len(ours) == 4
+    assert "(bad.pth) is a pickle" in other[0] and "(b.py) holds the value of $KAGGLE_KEY" in other[1]
+    assert place in other[2] and "the path of the home folder" in other[2]
+    assert any("(a.py) holds the path of the home folder" in rest for rest in ours)
+
+
 def test_paths_are_cut_to_their_last_part() -> None:
     given = {"a": "/home/me/x/train.csv", "b": ["~/m", "../up/m/"], "c": "microsoft/deberta", "d": 1, "e": "package:x"}
     assert scrubbed(given) == {"a": "train.csv", "b": ["m", "m"], "c": "microsoft/deberta", "d": 1, "e": "package:x"}

@@ -38,7 +38,7 @@ def unsafe(folder: Path) -> list[str]:
 
     Files are of a few known kinds, or refused. Of weights the header is searched for secrets, of wheels every member.
     """
-    marks, faults = _private(os.environ), []
+    secrets, paths, faults = _secrets(os.environ), _paths(), []
     for name in files_of(folder):
         path = folder / name
         suffix = path.suffix.lower()
@@ -50,7 +50,8 @@ def unsafe(folder: Path) -> list[str]:
                 where = name if member is None else f"{name} ({member})"
                 if reason := _form(raw, suffix if member is None else Path(member).suffix.lower(), member is None):
                     faults.append(f"{where} {reason}")
-                faults += [f"{where} holds {what}" for what, mark in marks.items() if mark in raw]
+                known = {} if _published(name, member) else paths
+                faults += [f"{where} holds {what}" for what, mark in (secrets | known).items() if mark in raw]
                 if token := TOKENS.search(raw):
                     faults.append(f"{where} holds what looks like a key: {token[0][:6].decode()}...")
         except (ValueError, OSError, zipfile.BadZipFile) as fault:
@@ -80,8 +81,15 @@ def _pieces(path: Path) -> Iterator[tuple[str | None, bytes]]:
         yield None, path.read_bytes()
 
 
+def _published(name: str, member: str | None) -> bool:
+    """Tell whether this is code of another package as it was published: a path in it is nobody's home."""
+    return member is not None and member.endswith(".py") and not Path(name).name.startswith("comp-")
+
+
 def _form(raw: bytes, suffix: str, whole: bool) -> str | None:
     """Tell why a file, or a member of one, is of a form that a bundle does not hold."""
+    if suffix == ".pth" and not whole and raw.isascii() and b"\0" not in raw:
+        return None  # lines for sys.path, of a package like setuptools, not weights
     if suffix in PICKLES or PICKLE.match(raw[:2]):
         return "is a pickle, or may be one, which runs code when it is loaded"
     if suffix in NATIVE:
@@ -99,17 +107,19 @@ def _form(raw: bytes, suffix: str, whole: bool) -> str | None:
     return None
 
 
-def _private(environment: Mapping[str, str]) -> dict[str, bytes]:
-    """Return what to look for: what it is -> its bytes."""
-    found = {
+def _secrets(environment: Mapping[str, str]) -> dict[str, bytes]:
+    """Return what to look for everywhere: what it is -> its bytes."""
+    return {
         f"the value of ${name}": value.encode()
         for name, value in environment.items()
         if SECRET_NAMES.search(name) and len(value) >= SHORTEST and not os.path.exists(value)
     }
-    for what, path in (("the path of the home folder", Path.home()), ("the path of the project", Path.cwd())):
-        if len(path.parts) > 1:
-            found[what] = f"{path}/".encode()
-    return found
+
+
+def _paths() -> dict[str, bytes]:
+    """Return the paths of this machine that nobody else should read: what it is -> its bytes."""
+    places = {"the path of the home folder": Path.home(), "the path of the project": Path.cwd()}
+    return {what: f"{path}/".encode() for what, path in places.items() if len(path.parts) > 1}
 
 
 def scrubbed(value: Any) -> Any:
