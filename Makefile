@@ -32,19 +32,19 @@ test-slow: $(STAMP)  ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m slow
 
 # The newest writes a bundle, the oldest reads it: tests/handover.py makes it, tests/test_handover.py compares. This
-# torch warns of what transformers 5.0.0 does at the import of DeBERTa and ModernBERT.
+# torch warns of what transformers 5.0.0 does at the import of DeBERTa and ModernBERT, this SciPy of scikit-learn 1.6.
 OLDEST := .venv-oldest
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q --disable-pip-version-check torch==2.13.0
-	$(OLDEST)/bin/pip install -q --disable-pip-version-check -c constraints-oldest.txt -e . pytest hypothesis 'setuptools>=77'
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check -c constraints-oldest.txt -e '.[features]' pytest hypothesis 'setuptools>=77'
 	@touch $@
 
 test-oldest: $(STAMP) $(OLDEST)/.installed  ## inference with the oldest supported versions, on a bundle of the newest
 	rm -rf $(OLDEST)/handover
 	OMP_NUM_THREADS=1 $(BIN)/python tests/handover.py $(OLDEST)/handover
 	COMP_HANDOVER=$(CURDIR)/$(OLDEST)/handover OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -m "not slow" \
-	  -W 'ignore:`torch.jit.script:DeprecationWarning' \
+	  -W 'ignore:`torch.jit.script:DeprecationWarning' -W 'ignore:scipy.optimize:DeprecationWarning' \
 	  tests/test_handover.py tests/test_infer.py tests/test_submission.py tests/test_tables.py tests/test_tokens.py \
 	  tests/test_batches.py tests/test_bundle.py tests/test_classical.py
 
