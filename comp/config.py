@@ -218,10 +218,10 @@ class Model(Section):
     """Read long texts whole, as windows of max_length; null = cut them. The cost grows with the windows."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """Every dropout of the backbone; null = the checkpoint's own."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Kernel of attention: sdpa = torch's fused ones, eager = matrix products. auto = in training the one that is
-    fastest on this device with this dropout, measured once and kept (`comp doctor`), otherwise as transformers has it.
-    """
+    attention: Literal["auto", "sdpa", "eager", "blocked"] = "auto"
+    """Kernel of attention: sdpa = torch's fused ones, eager = matrix products, blocked = a few heads at a time, for the
+    caches of a CPU. auto = in training the one that is fastest on this device with this dropout, measured once and kept
+    (`comp doctor`), otherwise as transformers has it."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the pooled vector; 0 = off."""
     multi_sample_dropout: int = Field(0, ge=0)

@@ -1,10 +1,10 @@
 """Which attention and which precision train fastest here: measured once per device and backbone, kept, chosen from.
 
-One block of the backbone's shape, with its dropout, goes forward and backward under torch's fused attention (sdpa) and
-under plain matrix products (eager), in the hardware's half precision and in float32. On a CPU, sdpa with attention
-dropout has no fused kernel: torch takes its slowest path there without a word. What is chosen is written into the run's
-manifest: a run that goes on takes the same, whatever a later measurement says. Where nothing can be kept nothing is
-measured, so that two runs never differ by the noise of a clock.
+One block of the backbone's shape, with its dropout, goes forward and backward under torch's fused attention (sdpa),
+under plain matrix products (eager) and, on a CPU, in blocks (blocked: model/attention.py), in the hardware's half
+precision and in float32. On a CPU, sdpa with attention dropout has no fused kernel: torch takes its slowest path there
+without a word. What is chosen is written into the run's manifest: a run that goes on takes the same, whatever a later
+measurement says. Where nothing can be kept nothing is measured, so that two runs never differ by the noise of a clock.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Runtime = Any
 __all__ = [
     "Kernels",
     "attentions_of",
+    "attentions_on",
     "cache_file",
     "choose",
     "describe",
@@ -53,7 +54,7 @@ class Kernels:
     shape: str
     """What was asked: backbone, dropout, tokens, wishes."""
     attention: str
-    """sdpa | eager, of training passes."""
+    """sdpa | eager | blocked, of training passes."""
     precision: str
     """bf16 | fp16 | fp32"""
     device: str
@@ -69,14 +70,16 @@ def choose(
     attention: str,
     precision: str,
     max_length: int,
+    compiled: bool = False,
     known: Mapping[str, Any] | None = None,
     say: Callable[[str], None],
 ) -> tuple[Kernels, Runtime]:
     """Return what to train with, and the runtime in that precision.
 
     `config`: the backbone's, of transformers, its dropout set. `runtime`: as opened with `precision`. What is not auto
-    of `attention` (auto | sdpa | eager) and `precision` is not measured. `known`: what the run's manifest holds of an
-    earlier choice, which stands as long as the question is the same.
+    of `attention` (auto | sdpa | eager | blocked) and `precision` is not measured. `compiled`: torch.compile will run
+    the passes, and blocked, whose blocks go by the batch's shape, is not for it. `known`: what the run's manifest holds
+    of an earlier choice, which stands as long as the question is the same.
     """
     tokens = min(max_length, MOST_TOKENS)
     shape = f"{_shape(config)}, {tokens} tokens; attention {attention}, precision {precision}"
@@ -85,7 +88,8 @@ def choose(
         # On another kind of device the precision may not be there.
         same = chosen.device.split(",")[0] == device_name(runtime.device).split(",")[0]
         return chosen, replace(runtime, precision=chosen.precision) if same else runtime
-    attentions = attentions_of(config) if attention == "auto" else (attention,)
+    there = tuple(one for one in attentions_on(config, runtime.device.type) if not (compiled and one == "blocked"))
+    attentions = there if attention == "auto" else (attention,)
     halves = (runtime.precision, "fp32") if precision == "auto" and runtime.precision != "fp32" else ()
     usual = f"{attentions[0]} {runtime.precision}"
     rates: dict[str, float] = {}
@@ -127,9 +131,19 @@ def render_rates(rates: Mapping[str, float]) -> str:
 def attentions_of(config: Any) -> tuple[str, ...]:
     """Return the attentions an architecture has, the usual one first."""
     from transformers import MODEL_MAPPING
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    known = type(config) in MODEL_MAPPING and getattr(MODEL_MAPPING[type(config)], "_supports_sdpa", False)
-    return ("sdpa", "eager") if known else ("eager",)
+    kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None  # noqa: SIM401  (it is no dict)
+    if not getattr(kind, "_supports_sdpa", False):
+        return ("eager",)
+    # comp.model.backbone brings it; what only measures would know it by name alone
+    blocked = "blocked" in ALL_ATTENTION_FUNCTIONS.valid_keys() and getattr(kind, "_supports_attention_backend", False)
+    return ("sdpa", "eager", "blocked") if blocked else ("sdpa", "eager")
+
+
+def attentions_on(config: Any, device: str) -> tuple[str, ...]:
+    """Return those that are worth measuring on a kind of device: blocked is made for the caches of a CPU."""
+    return tuple(one for one in attentions_of(config) if one != "blocked" or device == "cpu")
 
 
 def _dropouts(config: Any) -> dict[str, float]:
@@ -171,7 +185,7 @@ def measure(config: Any, runtime: Runtime, *, tokens: int) -> dict[str, float]:
     """
     import torch
 
-    attentions = attentions_of(config)
+    attentions = attentions_on(config, runtime.device.type)
     halves = dict.fromkeys((runtime.precision, "fp32"))
     ways = {f"{one} {half}": (one, half, False) for one in attentions for half in halves}
     if any(_dropouts(config).values()):
@@ -255,8 +269,9 @@ def _kept_or_measured(config: Any, runtime: Runtime, tokens: int, say: Callable[
     place = f"{device_name(runtime.device)}; torch {torch.__version__}"
     shape = f"{_shape(config)}, {tokens} tokens"
     known = kept()
-    if shape in known.get(place, {}):
-        return known[place][shape]
+    before = known.get(place, {}).get(shape, {})
+    if {name.split()[0] for name in before} == set(attentions_on(config, runtime.device.type)):
+        return before
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

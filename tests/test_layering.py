@@ -64,6 +64,7 @@ LAYERS = {
     "data/first_config.py": 1,
     "model/__init__.py": 1,
     "model/sources.py": 1,
+    "model/attention.py": 1,
     "model/backbone.py": 1,
     "model/lowest.py": 1,
     "model/token_pooling.py": 1,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import comp.model.attention  # noqa: F401  (registers it with transformers)
 from comp.kernels import attentions_of
 from comp.model.sources import cls_is_last, config_in, has_weights, local_only, quiet_hub, resolve_source
 
@@ -112,15 +113,15 @@ class Backbone(nn.Module):
         return states
 
     def attend(self, *, training: str | None = None, evaluating: str | None = None) -> None:
-        """Attend by sdpa (torch's fused kernels) or eager (matrix products); None = as it is.
+        """Attend by sdpa (torch's fused kernels), eager (matrix products) or blocked (attention.py); None = as it is.
 
-        Raises ValueError when the architecture has no sdpa.
+        Raises ValueError when the architecture does not have it.
         """
         for mode, wanted in ((True, training), (False, evaluating)):
             if wanted is not None and wanted not in attentions_of(self.config):
                 raise ValueError(
-                    f"model.attention is '{wanted}', but transformers has only eager attention for "
-                    f"{self.config.model_type}; set it to auto or eager"
+                    f"model.attention is '{wanted}', but {self.config.model_type} has only "
+                    f"{' and '.join(attentions_of(self.config))}; set it to auto or one of these"
                 )
             self._attention[mode] = wanted or self._attention[mode]
 

@@ -95,6 +95,7 @@ def choose_kernels(
         attention=model.attention,
         precision=config.training.precision,
         max_length=model.max_length,
+        compiled=config.training.compile,
         known=known,
         say=say,
     )

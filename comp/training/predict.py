@@ -70,26 +70,27 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        while waiting:
-            places = waiting.popleft()
-            try:
-                with running_out():
-                    batch = collate(encoded, rows[places]).to(runtime.device)
-                    with runtime.autocast():
+        with runtime.autocast():  # around all batches: what it casts of the weights is cast once
+            while waiting:
+                places = waiting.popleft()
+                try:
+                    with running_out():
+                        batch = collate(encoded, rows[places]).to(runtime.device)
                         outputs = model(batch)
-                    found = {name: decoder(outputs[name]) for name, decoder in decoders.items()}
-                reason = None
-            except Exhausted as fault:
-                reason = str(fault)
-            if reason is not None:
-                release_memory()
-                waiting = _smaller([places, *waiting], reason)
-                continue
-            done.append(places)
-            for name, decoded in found.items():
-                pieces[name].append(decoded)
-            if on_batch is not None:
-                on_batch(len(places))
+                        with torch.autocast(runtime.device.type, enabled=False):
+                            found = {name: decoder(outputs[name]) for name, decoder in decoders.items()}
+                    reason = None
+                except Exhausted as fault:
+                    reason = str(fault)
+                if reason is not None:
+                    release_memory()
+                    waiting = _smaller([places, *waiting], reason)
+                    continue
+                done.append(places)
+                for name, decoded in found.items():
+                    pieces[name].append(decoded)
+                if on_batch is not None:
+                    on_batch(len(places))
     finally:
         model.train(was_training)
     order = np.concatenate(done) if done else np.zeros(0, np.int64)

@@ -1,0 +1,151 @@
+"""Attention for training on a CPU: plain products over a few heads at a time, so that the scores stay in its caches.
+
+torch's fused attention (sdpa) has a slow backward pass on CPUs, and the eager one of transformers writes the scores of
+the whole batch to memory six times over. Here a few matrices of scores (T x T of one text and head) are computed,
+normalised in float32 and used while they are in the caches; what the backward pass needs is kept once, in the type of
+the queries. The softmax's gradient is P * (dP - rowsum(P * dP)), as in Dao et al. 2022 (arXiv:2205.14135, appendix
+B.2), and nothing is approximated. Which attention is fastest here is measured: see kernels.py.
+
+It is registered with transformers as `blocked`, for every architecture that takes its attention from there.
+
+Shapes: B texts, H heads, T queries, S keys, D numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+__all__ = ["BLOCKED", "blocked_attention"]
+
+BLOCKED = "blocked"
+SCORES = 500_000  # numbers of a block: 2 MB in float32, about the second cache of two cores
+
+
+def blocked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Return softmax(scaling * query key^T + mask) value, (B, H, T, E); `dropout` falls on the probabilities.
+
+    `query` (B, H, T, D), `key` (B, H, S, D) and `value` (B, H, S, E) of one type; `mask` (B or 1, 1 or H, T or 1, S) is
+    added, float32 or that type; `scaling`: None = D ** -0.5.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    found: torch.Tensor = _Blocked.apply(query, key, value, mask, scaling, dropout)
+    return found
+
+
+def _blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:
+    """Part the scores (B, H, T, S) into whole texts, or heads of one text, of at most SCORES numbers if they can be."""
+    texts, heads, *side = shape
+    one = max(1, side[0] * side[1])
+    if heads * one > SCORES:
+        many = max(1, SCORES // one)
+        for text in range(texts):
+            for head in range(0, heads, many):
+                yield slice(text, text + 1), slice(head, head + many)
+        return
+    many = SCORES // (heads * one)
+    for text in range(0, texts, many):
+        yield slice(text, text + many), slice(None)
+
+
+class _Blocked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        query, key, value = (own.contiguous() for own in (query, key, value))
+        shape = (*query.shape[:3], key.shape[2])
+        output, wanted = query.new_empty(*shape[:3], value.shape[-1]), any(ctx.needs_input_grad[:3])
+        exact = torch.promote_types(query.dtype, torch.float32)
+        weights = query.new_empty(shape) if wanted else None
+        kept = torch.empty(shape, dtype=torch.bool, device=query.device) if wanted and dropout else None
+        with torch.autocast(query.device.type, enabled=False):
+            for texts, heads in _blocks(shape):
+                scores = query[texts, heads] @ key[texts, heads].transpose(-1, -2)
+                if mask is None:
+                    scores = scores.to(exact, copy=True).mul_(scaling)
+                else:
+                    few = mask if mask.shape[0] == 1 else mask[texts]
+                    few = few if few.shape[1] == 1 else few[:, heads]
+                    scores = torch.add(few.to(exact), scores, alpha=scaling)
+                probs = torch.softmax(scores, -1, out=scores).to(query.dtype)
+                if weights is not None:
+                    weights[texts, heads] = probs
+                if dropout:
+                    keep = torch.empty(probs.shape, dtype=torch.bool, device=probs.device).bernoulli_(1 - dropout)
+                    if kept is not None:
+                        kept[texts, heads] = keep
+                    probs = probs * keep
+                output[texts, heads] = probs @ value[texts, heads]
+            if dropout:
+                output /= 1 - dropout
+        ctx.save_for_backward(query, key, value, weights, kept)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        query, key, value, weights, kept = ctx.saved_tensors
+        grad = grad.contiguous()
+        if ctx.dropout:
+            grad = grad / (1 - ctx.dropout)
+        of_query, of_key, of_value = (torch.empty_like(own) for own in (query, key, value))
+        with torch.autocast(query.device.type, enabled=False):
+            for block in _blocks(tuple(weights.shape)):
+                probs, given = weights[block], grad[block]
+                of_probs = given @ value[block].transpose(-1, -2)
+                if kept is not None:
+                    keep = kept[block]
+                    of_probs *= keep
+                    of_value[block] = (probs * keep).transpose(-1, -2) @ given
+                else:
+                    of_value[block] = probs.transpose(-1, -2) @ given
+                of_scores = torch._softmax_backward_data(of_probs, probs, -1, probs.dtype)
+                of_query[block] = of_scores @ key[block]
+                of_key[block] = of_scores.transpose(-1, -2) @ query[block]
+        return of_query.mul_(ctx.scaling), of_key.mul_(ctx.scaling), of_value, None, None, None
+
+
+def _of_transformers(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers calls it; returns (B, T, H, D), and no weights.
+
+    Raises ValueError for what the architecture wants beyond a mask.
+    """
+    more = [name for name in ("position_bias", "softcap", "s_aux") if others.get(name) is not None]
+    if more or key.shape[1] != query.shape[1]:
+        what = more[0] if more else f"{key.shape[1]} keys' heads for {query.shape[1]} queries'"
+        raise ValueError(f"model.attention is '{BLOCKED}', which has no {what}; set it to auto, sdpa or eager")
+    found = blocked_attention(query, key, value, attention_mask, scaling=scaling, dropout=dropout)
+    return found.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(BLOCKED, _of_transformers)
+AttentionMaskInterface.register(BLOCKED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
