@@ -402,6 +402,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _shards_fit_the_rest(self) -> Config:
+        stability, optimizer = self.stability, self.optimizer
+        unfit = {
+            "stability.mixout": stability.mixout > 0,
+            f"stability.adversarial '{stability.adversarial.name}'": stability.adversarial.name != "none",
+            f"stability.averaging '{stability.averaging.name}'": stability.averaging.name != "none",
+            "model.cache_frozen": self.model.cache_frozen,
+            "training.compile": self.training.compile,
+            f"optimizer '{optimizer.name}'": optimizer.name not in ("adamw", "bertadam", "radam", "madgrad"),
+            "optimizer.lookahead": getattr(optimizer, "lookahead", None) is not None,
+        }
+        found = [name for name, there in unfit.items() if there]
+        if self.training.shard and found:
+            raise ValueError(
+                f"training.shard leaves no process the whole model, which {' and '.join(found)} would need; turn off "
+                "one or the other (the optimizers adamw, bertadam, radam and madgrad work with it)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pseudo_fits_task(self) -> Config:
         if self.pseudo is not None:
             self.pseudo.must_fit(self.tasks[0].kind, self.tasks[0].loss.name)

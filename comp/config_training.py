@@ -37,6 +37,9 @@ class Training(Section):
     """Batch texts of like length (order still shuffled); false = plain shuffle."""
     compile: bool = False
     """Run training passes of the backbone through torch.compile; whether that paid is said after each fold."""
+    shard: bool = False
+    """Under torch.distributed.run: give each process a part of the backbone's weights, gradients and moments, for a
+    model that does not fit one GPU (FSDP). false = each has all of them, which is faster where they fit."""
     max_rows: int | None = Field(None, ge=2)
     """Use only this many rows of each part of a fold, drawn with `seed`; null = all. For debugging."""
 

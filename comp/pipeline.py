@@ -36,6 +36,7 @@ __all__ = ["StepFailed", "run_pipeline"]
 
 OWN_FOLDERS = ("runs", "pseudo", "blends", "bundles", "searches")
 """Where commands make folders that they do not replace unasked: what a step left there goes when it is done anew."""
+FOLDS = "folds"
 TOLD_ONLY = ("manifest.json", "done.json", "metrics.jsonl", "evaluations.parquet", "groups.txt", "blend.json")
 """Files that hold times of day or of work: they must be there, but no later step depends on what is in them."""
 LAUNCH = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.argv[:] = ['comp', *sys.argv[2:]]; "
@@ -110,7 +111,7 @@ def _named(call: Call) -> list[str]:
         f"runs/{value.removeprefix('run:')}" for value in call.args.get("features", []) if value.startswith("run:")
     ]
     if config is not None:
-        found += [config.model.backbone, *_texts(config.model_dump(mode="json")), f"folds/{config.fold_name}.csv"]
+        found += [config.model.backbone, *_texts(config.model_dump(mode="json")), f"{FOLDS}/{config.fold_name}.csv"]
     outputs = call.outputs
     return [text for text in dict.fromkeys(found) if not any(_within(text, output) for output in outputs)]
 
@@ -160,7 +161,11 @@ def reasons(record: Record | None, now_: Record, state: State) -> list[str]:
 
 
 def changes(old: Record, new: Record) -> list[str]:
-    """Return what goes into a step otherwise than before, in words."""
+    """Return what goes into a step otherwise than before, in words.
+
+    A fold file that was not there when the step began is no change: a step that reads one makes it on its way, and one
+    that ended without has not read it.
+    """
     found = []
     if old["comp"] != new["comp"]:
         found.append(f"comp is {new['comp']}, was {old['comp']}")
@@ -173,7 +178,7 @@ def changes(old: Record, new: Record) -> list[str]:
     files = [
         f"{file} {'is new' if file not in old['files'] else 'is gone' if file not in new['files'] else 'changed'}"
         for file in sorted({*old["files"], *new["files"]})
-        if old["files"].get(file) != new["files"].get(file)
+        if old["files"].get(file) != new["files"].get(file) and (file in old["files"] or Path(file).parts[0] != FOLDS)
     ]
     return [*found, *files[:3], *([f"{len(files) - 3} more files changed"] if len(files) > 3 else [])]
 

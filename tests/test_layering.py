@@ -98,6 +98,7 @@ LAYERS = {
     "training/cadence.py": 3,
     "training/trainer.py": 3,
     "training/ranks.py": 3,
+    "training/shards.py": 3,
     "training/job.py": 3,
     "training/processes.py": 3,
     "training/cluster.py": 3,

@@ -32,7 +32,7 @@ steps:
   - {name: predict, command: infer, args: {blend: blends/both, out: out.csv}}
 """
 SECOND = "extends: tiny.yaml\npseudo: {folder: pseudo/labels}\n"
-MAKES = {"train": "runs/{run}/fold0/best.safetensors", "pseudo": "pseudo/{name}/labels.parquet", "blend": "blends/{name}/weights.json", "infer": "{out}"}  # fmt: skip
+MAKES = {"pretrain": "runs/{run}/backbone/model.safetensors", "train": "runs/{run}/fold0/best.safetensors", "pseudo": "pseudo/{name}/labels.parquet", "blend": "blends/{name}/weights.json", "infer": "{out}"}  # fmt: skip
 
 
 class Hands:
@@ -89,6 +89,39 @@ def test_nothing_runs_twice(go: Callable[..., tuple[list[str], list[str]]]) -> N
     assert called == [] and said[0].startswith("[1/5] first: skipped, nothing has changed since 20")
     state = read_json(Path("runs/two.pipeline.json"))
     assert state["steps"]["second"]["inputs"]["files"].keys() >= {"data/train.csv", "pseudo/labels/labels.parquet"}
+
+
+def test_a_fold_file_that_a_later_step_makes_is_no_change(
+    go: Callable[..., tuple[list[str], list[str]]], hands: Hands
+) -> None:
+    """Of the step that makes it, killed in the middle, what was saved is kept; a step before it does not run again."""
+    for file in Path("folds").glob("tiny-binary.*"):
+        file.unlink()
+    Path("tests.yaml").write_text(
+        "name: fresh\nsteps:\n"
+        "  - {name: further, command: pretrain, config: tiny.yaml, args: {run: further}}\n"
+        "  - {name: first, command: train, config: tiny.yaml, args: {run: first}}\n"
+    )
+    saved = Path("runs/first/fold0/state.pt")
+
+    def killed(words: Sequence[str]) -> int:
+        if words[0] == "train":
+            Path("folds/tiny-binary.csv").touch()
+            saved.parent.mkdir(parents=True)
+            saved.touch()
+            return 137
+        return hands(words)
+
+    with pytest.raises(StepFailed):
+        run_pipeline(*read_pipeline("tests.yaml", COMMANDS), launch=killed, say=lambda line: None)
+    for called in (["train first"], []):
+        hands.called.clear()
+        run_pipeline(*read_pipeline("tests.yaml", COMMANDS), launch=hands, say=lambda line: None)
+        assert hands.called == called and saved.exists()
+    Path("folds/tiny-binary.csv").write_text("id,fold\n")
+    hands.called.clear()
+    run_pipeline(*read_pipeline("tests.yaml", COMMANDS), launch=hands, say=lambda line: None)
+    assert hands.called == ["train first"], "the one that has read it"
 
 
 CHANGES: dict[str, tuple[Callable[[Hands], object], list[str], str]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,23 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import yaml
 from conftest import TinyCompetition
+from two_processes import RUN, assert_alike, environment, in_two, numbers
 
-RUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 TRAIN = ["-m", "--", "comp", "train", "--config", "tiny.yaml", "--fold", "0", "--run"]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "HOME": str(folder),
-    }
+KINDS = ("best", "last", "averaged")
 
 
 @pytest.fixture
@@ -48,44 +37,14 @@ def config(
     return config_file.load("tiny.yaml")
 
 
-def numbers(run: str) -> dict[str, np.ndarray]:
-    """Return what a finished fold 0 leaves, as numbers."""
-    from safetensors.numpy import load_file
-
-    folder = Path("runs") / run / "fold0"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, np.ndarray] = {
-        f"{key} at {line['step']}": np.array(line[key])
-        for line in lines
-        for key in ("train/loss", "train/grad_norm", "valid/score")
-        if key in line
-    }
-    for kind in ("best", "last", "averaged"):
-        found |= {f"{kind} {name}": values for name, values in load_file(folder / f"{kind}.safetensors").items()}
-    for table in ("oof", "evaluations"):
-        frame = pd.read_parquet(folder / f"{table}.parquet")
-        assert frame["id"].is_unique
-        found |= {f"{table} {name}": frame[name].to_numpy() for name in frame if frame[name].dtype.kind == "f"}
-        found[f"{table} ids"] = frame["id"].str[1:].astype(int).to_numpy()
-    done = json.loads((folder / "done.json").read_text())
-    return found | {key: np.array(done[key]) for key in ("steps", "tokens", "best_step", "evaluations")}
-
-
-def assert_alike(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> None:
-    assert one.keys() == two.keys()
-    for name, values in one.items():
-        np.testing.assert_allclose(two[name], values, rtol=2e-5, atol=1e-6, err_msg=name)
-
-
 def test_two_processes_are_one_and_go_on_after_a_stop(config: Any, isolated: Path) -> None:
     from comp.training import crossval
 
     crossval.run(config, "one", "0", say=lambda line: None)
-    command = [sys.executable, *RUN, *TRAIN, "two"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment(isolated), check=False)
+    done = in_two(isolated, *TRAIN, "two")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("fold 0: rmse best") == 1, "one process speaks"
-    assert_alike(numbers("one"), numbers("two"))
+    assert_alike(numbers("one", KINDS), numbers("two", KINDS))
     assert json.loads(Path("runs/two/manifest.json").read_text())["runtime"].startswith("2 x CPU (1 threads)")
     assert not list(Path("runs").rglob("*.part")) and not list(Path("runs/two").glob("f*/state*"))
 
@@ -102,11 +61,9 @@ def test_two_processes_are_one_and_go_on_after_a_stop(config: Any, isolated: Pat
     process.send_signal(signal.SIGTERM)  # torch.distributed.run hands it on
     text = process.communicate(timeout=300)[0]
     assert "and saved" in text or Path("runs/cut/fold0/done.json").exists(), text
-    done = subprocess.run(
-        [*command[:-1], "cut"], capture_output=True, text=True, timeout=600, env=environment(isolated), check=False
-    )
+    done = in_two(isolated, *TRAIN, "cut")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert_alike(numbers("one"), numbers("cut"))
+    assert_alike(numbers("one", KINDS), numbers("cut", KINDS))
 
 
 def test_rows_are_shared_without_loss_or_repetition() -> None:

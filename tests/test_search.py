@@ -406,39 +406,41 @@ def test_two_processes_on_one_study(here: Path) -> None:
 
 
 def test_workers_that_die_end_the_search_with_a_reason(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comp.training import search_workers
+    from comp import worker
 
     Path("space.yaml").write_text("training.batch_size: [8, 16]\n")
-    monkeypatch.setattr(search_workers, "COMMAND", "import os, sys; print('no memory', file=sys.stderr); os.abort()")
-    with pytest.raises(RuntimeError, match=r"4 workers of the search died \(exit status -6, -6; see .*worker0.log"):
+    monkeypatch.setattr(worker, "COMMAND", "import os, sys; print('no memory', file=sys.stderr); os.abort()")
+    reason = (
+        r"4 workers of the search died; try fewer --jobs. The last: worker \d ended by SIGABRT; read .*worker\d.log"
+    )
+    with pytest.raises(RuntimeError, match=reason):
         search(open_search(replace(ORDER, jobs=2)), side_by_side=run_workers, say=quiet)
     assert "no memory" in Path("searches/lr/worker0.log").read_text()
 
 
-def test_a_worker_says_what_it_was_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comp.training import search_workers
-
-    Path("space.yaml").write_text("training.batch_size: [8, 16]\n")
-    code = "import json, sys; json.loads(sys.stdin.readline()); print('\\0' + json.dumps('refused, because'))"
-    monkeypatch.setattr(search_workers, "COMMAND", code)
-    with pytest.raises(ValueError, match="refused, because"):
-        search(open_search(replace(ORDER, jobs=2)), side_by_side=run_workers, say=quiet)
+def test_a_worker_says_what_it_was_refused(here: Path) -> None:
+    space = Path("space.yaml")
+    space.write_text("training.batch_size: [8, 16]\n")
+    found = open_search(replace(ORDER, jobs=2))
+    space.unlink()  # so that the workers are refused what this process was not
+    with pytest.raises(ValueError, match="space.yaml"):
+        search(found, side_by_side=run_workers, say=quiet)
     assert not Path("searches").exists()
 
 
-def test_workers_end_with_their_parent(here: Path) -> None:
-    """The parent is killed; the worker sees its standard input close."""
-    from comp.training.search_workers import COMMAND
+def test_workers_stop_when_asked_to(here: Path) -> None:
+    """Ctrl-C in the middle: every worker ends after its step, what was under way is forgotten, and done later."""
+    Path("space.yaml").write_text("optimizer.lr: {kind: float, low: 1.0e-4, high: 1.0e-2, log: true}\n")
+    order = replace(ORDER, trials=4, jobs=2, overrides=["training.max_rows=16"])
+    said: list[str] = []
 
-    read, write = os.pipe()
-    worker = subprocess.Popen(
-        [sys.executable, "-c", COMMAND.replace("be_worker()", "import threading, time; from comp.training.search_workers "
-         "import _end_with_parent; threading.Thread(target=_end_with_parent).start(); print('up', flush=True); time.sleep(60)"),
-         json.dumps(sys.path)],
-        stdin=read, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    os.close(read)
-    assert worker.stdout is not None and worker.stdout.readline() == b"up\n"
-    os.close(write)
-    assert worker.wait(10) == 1
-    worker.stdout.close()
+    def stop_once(line: str) -> None:
+        if "trial" in line and not said:
+            os.kill(os.getpid(), signal.SIGTERM)
+        said.append(line)
+
+    with pytest.raises(Stopped, match="the search was stopped"):
+        search(open_search(order), side_by_side=run_workers, say=stop_once)
+    assert any(line.startswith("stopping: every job finishes its step") for line in said)
+    tried, _ = search(open_search(replace(order, finalists=0)), side_by_side=run_workers, say=quiet)
+    assert sum(one.finished for one in tried) == 4 and not any(one.state == "running" for one in tried)

@@ -17,9 +17,13 @@ __all__ = ["bytes_of", "load_weights", "save_weights", "step_of"]
 PIECE = 2**21  # numbers read at a time
 
 
-def save_weights(path: Path, model: nn.Module, *, step: int | None = None) -> None:
-    """Write parameters and persistent buffers, and of which `step` they are; the old file stays until it is whole."""
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], *, step: int | None = None) -> None:
+    """Write parameters and persistent buffers, and of which `step` they are; the old file stays until it is whole.
+
+    `weights`: a model, or its state dict.
+    """
+    named = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    state = {name: tensor.detach().contiguous() for name, tensor in named.items()}
     # Tied weights are one tensor under two names, which safetensors refuses: keep the first, loading ties them again.
     seen: dict[int, str] = {}
     unique = {name: t for name, t in state.items() if seen.setdefault(t.data_ptr(), name) == name or not t.numel()}

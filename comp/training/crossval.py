@@ -26,7 +26,7 @@ from comp.training.compiling import check_compiler
 from comp.training.dispatch import How, Job, JobsFailed, Say, map_jobs, threads_each
 from comp.training.lessons import open_pseudo
 from comp.training.one_fold import Fold, Plan, Ready, Watch, rows_of, train_job, unwatched
-from comp.training.preflight import check_metric, check_rows, check_space, check_steps
+from comp.training.preflight import check_metric, check_parts, check_rows, check_shard, check_space, check_steps
 from comp.training.resume import SaveEvery, parse_save_every
 
 __all__ = ["FOLDS", "Begun", "begin", "open_tables", "parse_folds", "run", "score_run"]
@@ -145,6 +145,7 @@ def _prepare(
         )
     if how.where == "ranks" and config.training.compile:
         raise ValueError("training.compile does not work under torch.distributed.run; set it to false")
+    check_shard(config, how.where == "ranks")
     check_tracking(config.tracking)
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
     if config.training.compile:
@@ -157,6 +158,8 @@ def _prepare(
     def fits(table: Table) -> None:
         if coming:
             model, fresh = ready.build(config, table, tokenizer)
+            if config.training.shard:
+                check_parts(model)
             build_fold_optimizer(config, build_fold_groups(config, model, fresh))
             check_space(config, coming, bytes_of(model), len(table), every, how.num)
 

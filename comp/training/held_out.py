@@ -24,7 +24,7 @@ from comp.progress import DELAY, open_progress
 from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
-from comp.training.checkpoint import load_weights, save_weights, step_of
+from comp.training.checkpoint import save_weights, step_of
 from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
 from comp.training.predict import Predictions, batch_tokens_of, predict
 from comp.training.ranks import ALONE, OneRank
@@ -235,20 +235,22 @@ class HeldOut:
         """Predict `rows` of the table by the weights in the model, each rank a part of them."""
         own = self.ranks.part(rows)
         found = None
-        if len(own):
-            progress = open_progress(len(own), "evaluating", "row", delay=DELAY)
-            try:
-                found = predict(
-                    self.model,
-                    self.encoded,
-                    self.ids,
-                    decoders=self.decoders,
-                    runtime=self.runtime,
-                    rows=own,
-                    on_batch=progress.advance,
-                )
-            finally:
-                progress.close()
+        with self.ranks.in_step():
+            if len(own):
+                progress = open_progress(len(own), "evaluating", "row", delay=DELAY)
+                try:
+                    found = predict(
+                        self.model,
+                        self.encoded,
+                        self.ids,
+                        decoders=self.decoders,
+                        runtime=self.runtime,
+                        rows=own,
+                        on_batch=progress.advance,
+                        halving=not self.ranks.sharded,  # a pass that failed here is one that the others wait for
+                    )
+                finally:
+                    progress.close()
         return self.ranks.together(None if found is None else found.values, len(rows))
 
     def _score(self, found: Predictions) -> float:
@@ -290,8 +292,9 @@ class HeldOut:
         """Keep the latest predictions, and the weights that made them at `step`, as the best."""
         assert self.last is not None
         self.best, self.best_mean, self.best_weights = self.last, self.last_mean, None
+        weights = self.ranks.weights(self.model)
         if self.ranks.first:
-            save_weights(self.best_path, self.model, step=step)
+            save_weights(self.best_path, weights, step=step)
         if self._share(self.best) < 1:
             self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}
         elif self.decide != "full":
@@ -307,9 +310,7 @@ class HeldOut:
         step = self.ranks.of_first(step_of(self.best_path) if self.ranks.first else None)
         if step is None or step == best_step:
             return None
-        if self.ranks.first:
-            load_weights(self.best_path, self.model)
-        self.ranks.spread(self.model)
+        self.ranks.read_weights(self.best_path, self.model)
         self.best = self._predict()
         return step, self._score(self.best)
 

@@ -39,6 +39,7 @@ from comp.training.early import Evaluation
 from comp.training.lessons import Lesson, Stages
 from comp.training.objective import Objective
 from comp.training.one_fold import rows_of
+from comp.training.preflight import check_shard
 from comp.training.trainer import NonFiniteError, Parts, Stopped, TrainState, fit
 
 __all__ = ["ADVICE", "RANGES", "Curve", "lr_find", "range_of", "read_curve", "smooth"]
@@ -201,6 +202,7 @@ def lr_find(
 
 
 def _test(config: Config, lrs: Numbers, fold: int) -> Curve:
+    check_shard(config, together=False)
     runtime = open_runtime(config.training.precision)
     tokenizer = load_tokenizer(config.model.backbone)
     table, _ = read_competition(config.competition, config.tasks)

@@ -123,7 +123,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
     folder = plan.folder.fold(fold)
     if ranks.first:
         sweep(folder.path)
-    saved = ranks.of_first(read_state(folder, plan.say) if ranks.first else None)
+    saved = read_state(folder, plan.say) if ranks.first else None
     if saved is None and folder.path.exists() and ranks.first:
         plan.say(f"fold {fold}: was not finished and left no state to go on from, starts anew")
         shutil.rmtree(folder.path)
@@ -136,6 +136,12 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
     start = start_digest(model)
     ranks.check_same(start)
     ranks.reseed(config.training.seed)
+    weight_bytes = bytes_of(model)
+    if config.training.shard:
+        from comp.training.shards import shard  # which is not in the oldest torch
+
+        ranks, fresh = shard(model, fresh, runtime.device)
+    saved = ranks.hand_out(saved)
     model.to(runtime.device)
     plan.frozen.serve(model)
     if ranks.first:
@@ -154,7 +160,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
             )
     if ranks.first:
         write_text(folder.groups, table_text + "\n")
-    optimizer = build_fold_optimizer(config, groups)
+    optimizer = build_fold_optimizer(config, ranks.own_parts(groups))
     PriorDecay(optimizer.inner if isinstance(optimizer, Lookahead) else optimizer)
 
     lesson = plan.pseudo.lesson(fold, table, training)
@@ -192,12 +198,18 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
     )
     tracker = Watched(tracker, partial(plan.watch, fold), num_steps)
     showing = optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext
-    scaler = runtime.grad_scaler()
+    scaler = ranks.grad_scaler(runtime)
     saver = Saver(
         folder,
-        {"model": model, "optimizer": optimizer, "scaler": scaler, "averager": averager, "held_out": held},
+        {
+            "model": ranks.stateful(model),
+            "optimizer": ranks.stateful(optimizer),
+            "scaler": scaler,
+            "averager": averager,
+            "held_out": held,
+        },
         start=start,
-        weight_bytes=bytes_of(model),
+        weight_bytes=weight_bytes,
         mark=tracker.mark,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
@@ -264,9 +276,10 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         if saved is not None:
             plan.say(f"fold {fold}: goes on after step {state.step}")
         state = fit(parts, state)
-        if ranks.first:
-            with showing():
-                save_weights(folder.last, model)
+        with showing():
+            weights = ranks.weights(model)
+            if ranks.first:
+                save_weights(folder.last, weights)
         tried = held if fold != "full" else None
         averaged = finish_average(averager, tried, folder.averaged, model, writes=ranks.first)
         if fold != "full":

@@ -54,13 +54,15 @@ def predict(
     rows: NDArray[np.int64] | None = None,
     on_batch: Callable[[int], Any] | None = None,
     batch_tokens: int | None = None,
+    halving: bool = True,
 ) -> Predictions:
     """Predict `rows` of `encoded` (None = all), returned in the order of `rows`.
 
     `ids` (N,) names all rows of `encoded`; `decoders` maps task name to what turns its logits into
     predictions; `on_batch` is called with the number of rows done; `batch_tokens` is the most padded tokens of a batch
     (None = by the device). The model is left in the mode it came in, and no random number is drawn. Where memory runs
-    out, batches are halved from there on, and that is said. Raises ValueError when it runs out with one row at a time.
+    out, batches are halved from there on, and that is said. Raises ValueError when it runs out with one row at a time,
+    or without `halving` at all.
     """
     assert len(ids) == len(encoded)
     rows = np.arange(len(encoded)) if rows is None else rows
@@ -84,7 +86,7 @@ def predict(
                     reason = str(fault)
                 if reason is not None:
                     release_memory()
-                    waiting = _smaller([places, *waiting], reason)
+                    waiting = _smaller([places, *waiting], reason, halving)
                     continue
                 done.append(places)
                 for name, decoded in found.items():
@@ -102,12 +104,13 @@ def predict(
     return Predictions(ids[rows], values)
 
 
-def _smaller(waiting: list[NDArray[np.int64]], reason: str) -> deque[NDArray[np.int64]]:
+def _smaller(waiting: list[NDArray[np.int64]], reason: str, halving: bool) -> deque[NDArray[np.int64]]:
     """Return the batches to come with at most half the rows of the first, which ran out of memory."""
     rows = len(waiting[0])
-    if rows == 1:
+    if rows == 1 or not halving:
+        many = "one row" if rows == 1 else f"{rows} rows at once"
         raise ValueError(
-            f"memory ran out in predicting one row ({reason}); try --precision bf16, or another machine: a shorter "
+            f"memory ran out in predicting {many} ({reason}); try --precision bf16, or another machine: a shorter "
             "model.max_length or a smaller backbone needs a new run"
         )
     warnings.warn(

@@ -6,16 +6,18 @@ import shutil
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from comp.config import Config
 from comp.data.tables import Table
 from comp.metrics import evaluate
+from comp.model.text_model import TextModel
 from comp.runs import FoldFolder
 from comp.training.lessons import Lesson, Stages
 from comp.training.resume import FIRST_SIZE, SaveEvery
 
-__all__ = ["check_metric", "check_room", "check_rows", "check_space", "check_steps"]
+__all__ = ["check_metric", "check_parts", "check_room", "check_rows", "check_shard", "check_space", "check_steps"]
 
 Rows = NDArray[np.int64]
 
@@ -34,6 +36,34 @@ def check_steps(config: Config, fold: int | str, lesson: Lesson, lengths: Rows) 
         raise ValueError(
             f"fold {fold} trains for {stages.num_steps} steps, but lookahead moves its slow weights, the ones that are "
             f"kept, every {lookahead.steps} steps only: they would stay as they are; lower its steps"
+        )
+
+
+def check_shard(config: Config, together: bool) -> None:
+    """Raise ValueError where training.shard cannot be; `together`: this is one of several processes on one fold."""
+    if not config.training.shard:
+        return
+    if not together:
+        raise ValueError(
+            "training.shard parts a backbone among the processes of torch.distributed.run, and this one is alone: set "
+            "it to false, or start `comp train` with torch.distributed.run"
+        )
+    try:
+        from torch.distributed.fsdp import FSDPModule
+    except ImportError:
+        able = False
+    else:
+        able = all(hasattr(FSDPModule, f"set_{n}") for n in ("gradient_divide_factor", "force_sum_reduction_for_comms"))
+    if not able:
+        raise ValueError(f"training.shard needs torch 2.8 or newer, this is {torch.__version__}; set it to false")
+
+
+def check_parts(model: TextModel) -> None:
+    """Raise ValueError for a backbone that cannot be parted by its blocks."""
+    if model.backbone.shares_blocks:
+        raise ValueError(
+            "training.shard parts a backbone block by block, but this one has a single block, used at every depth "
+            "(ALBERT), and little to part; set it to false"
         )
 
 

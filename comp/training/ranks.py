@@ -4,11 +4,11 @@
 
 (`--` keeps torch.distributed.run from taking comp's `--run` for an option of its own.)
 
-Each rank has the whole model. A loss is already divided by the items of its whole window, so the sum of the ranks'
-gradients is that of one process, whatever the rows of each: a rank without rows in a ragged window adds nothing. Rank
-0 reads, decides and writes; the others are handed its plan, and hold no file open. Held-out rows are parted too, and
-every prediction is gathered once. Dropout differs between ranks, so only without it are the numbers those of one
-process, but for their last digits.
+Each rank has the whole model, unless that is too large (shards.py). A loss is already divided by the items of its whole
+window, so the sum of the ranks' gradients is that of one process, whatever the rows of each: a rank without rows in a
+ragged window adds nothing. Rank 0 reads, decides and writes; the others are handed its plan, and hold no file open.
+Held-out rows are parted too, and every prediction is gathered once. Dropout differs between ranks, so only without it
+are the numbers those of one process, but for their last digits.
 
 By torch.distributed alone: `DistributedDataParallel` takes the mean over ranks, which is not the window's mean where
 they have unlike numbers of rows.
@@ -20,12 +20,17 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+
+from comp.optim.groups import ParameterGroup
+from comp.runtime import Runtime
+from comp.training.checkpoint import load_weights
 
 __all__ = ["ALONE", "OneRank", "Ranks", "asked_for", "join"]
 
@@ -44,6 +49,8 @@ class OneRank:
     """This process alone: everything is its own."""
 
     size, rank = 1, 0
+    sharded = False
+    """True where each rank has a part of the weights, so that all must make the same passes."""
 
     @property
     def first(self) -> bool:
@@ -54,14 +61,35 @@ class OneRank:
         """Return the micro-batches of a window that are this rank's; there may be none."""
         return window
 
+    def idle(self, window: Sequence[Rows]) -> Sequence[Rows]:
+        """Return micro-batches to be passed without effect after those of `share`, while other ranks still need us."""
+        return []
+
     @contextmanager
     def summing(self, model: nn.Module) -> Iterator[Gather]:
         """Give what sums the gradients made in the block, a loss (0-d) and a number of tokens over the ranks."""
         yield lambda loss, tokens: (loss, tokens)
 
+    def own_parts(self, groups: list[ParameterGroup]) -> list[ParameterGroup]:
+        """Return the groups with what this rank's optimizer moves."""
+        return groups
+
+    def grad_scaler(self, runtime: Runtime) -> torch.amp.GradScaler:
+        """Return the loss scaler."""
+        return runtime.grad_scaler()
+
+    def clip(self, trainable: Sequence[nn.Parameter], limit: float) -> torch.Tensor:
+        """Clip the gradients of the optimizer's parameters by their norm over all ranks; return that, 0-d."""
+        return nn.utils.clip_grad_norm_(trainable, limit)
+
     def part(self, rows: Rows) -> Rows:
         """Return the rows that this rank predicts."""
         return rows
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Predict in the block, whatever the number of passes; all ranks come here."""
+        yield
 
     def together(self, own: dict[str, NDArray[np.float64]] | None, num_rows: int) -> dict[str, NDArray[np.float64]]:
         """Put the predictions of `part` together: name -> (N, K), in the order of all rows."""
@@ -90,8 +118,21 @@ class OneRank:
     def reseed(self, seed: int) -> None:
         """Draw other random numbers than the other ranks from here on."""
 
-    def spread(self, model: nn.Module) -> None:
-        """Give every rank the weights of the first."""
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the whole weights by name, to be saved by the first; all ranks come here."""
+        return model.state_dict()
+
+    def read_weights(self, path: Path, model: nn.Module) -> None:
+        """Load weights, of which the first rank alone has the file, into the model of every rank."""
+        load_weights(path, model)
+
+    def stateful(self, thing: Any) -> Any:
+        """Return what saves and restores a model or an optimizer whole; all ranks come to its two methods."""
+        return thing
+
+    def hand_out(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Give every rank the saved state that the first has read, None where there is none."""
+        return saved
 
 
 ALONE = OneRank()
@@ -104,13 +145,16 @@ class Ranks(OneRank):
         self.size, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
 
     def share(self, window: Sequence[Rows]) -> Sequence[Rows]:
+        return self._share(window, self.rank)
+
+    def _share(self, window: Sequence[Rows], rank: int) -> Sequence[Rows]:
         # Every size-th row: rows lie sorted by length, so each rank has long and short ones.
-        rows, micro = np.concatenate(window)[self.rank :: self.size], max(map(len, window))
+        rows, micro = np.concatenate(window)[rank :: self.size], max(map(len, window))
         return [rows[start : start + micro] for start in range(0, len(rows), micro)]
 
     @contextmanager
     def summing(self, model: nn.Module) -> Iterator[Gather]:
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = self._summed_here(model)
         before = [parameter.grad for parameter in trained]  # of an earlier pass, summed already
         for parameter in trained:
             parameter.grad = None
@@ -125,6 +169,9 @@ class Ranks(OneRank):
         for parameter, kept in zip(trained, before, strict=True):
             if kept is not None:
                 parameter.grad = kept if parameter.grad is None else parameter.grad.add_(kept)
+
+    def _summed_here(self, model: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def _sum(self, trained: Sequence[nn.Parameter]) -> None:
         """Sum the gradients; one that no rank has stays None, as in one process, where the optimizer passes it over."""
@@ -183,9 +230,15 @@ class Ranks(OneRank):
         if not self.first:
             torch.manual_seed(seed + 1_000_003 * self.rank)
 
-    def spread(self, model: nn.Module) -> None:
+    def read_weights(self, path: Path, model: nn.Module) -> None:
+        if self.first:
+            load_weights(path, model)
         for tensor in model.state_dict().values():
             torch.distributed.broadcast(tensor, src=0)
+
+    def hand_out(self, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.of_first(saved)
+        return found
 
 
 def _sum_bucket(parameters: Sequence[nn.Parameter]) -> None:

@@ -113,20 +113,22 @@ class Saver:
 
         Without room for one more, a warning is given and none is written (False): training matters more.
         """
-        random = self.ranks.each(random_state())
-        return bool(self.ranks.of_first(self._write(state, random) if self.ranks.first else False))
-
-    def _write(self, state: TrainState, random: Any) -> bool:
         started = self.clock()
-        if not self._room():
+        random = self.ranks.each(random_state())
+        if not self.ranks.of_first(self._room() if self.ranks.first else None):
             return False
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        if self.ranks.first:
+            self._write(state, {"random": random, **parts}, started)
+        return True
+
+    def _write(self, state: TrainState, parts: dict[str, Any], started: float) -> None:
         whole = {
             "start": self.start,
             "seconds": self.seconds,
             "train": asdict(state),
-            "random": random,
             "tracker": self.mark(),
-            **{name: part.state_dict() for name, part in self.parts.items()},
+            **parts,
         }
 
         def write(temporary: Any) -> None:
@@ -137,7 +139,6 @@ class Saver:
         write_atomic(self.folder.state, write)
         self.saved_at = self.clock()
         self.saving += self.saved_at - started
-        return True
 
     def _room(self) -> bool:
         """Tell whether the disk has room for a state, after letting go of the one before if need be."""

@@ -34,7 +34,7 @@ __all__ = ["SEARCHES", "Finalist", "Order", "Search", "open_search", "search"]
 
 SEARCHES = Path("searches")
 Say = Callable[[str], None]
-SideBySide = Callable[["Search", Study, Callable[[], None], Say], None]
+SideBySide = Callable[["Search", Study, Callable[[], None], Say, Sequence[int]], None]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def search(
     Ctrl-C: the same command goes on, and tries again what was under way.
     """
     order = found.order
-    with hold(order.folder):
+    with hold(order.folder) as lock:
         fresh = _claim(found, restart)
         try:
             mend_journal(order.folder)
@@ -163,7 +163,7 @@ def search(
             if side_by_side is None:
                 work(found, study, say)
             else:
-                side_by_side(found, study, lambda: _give_up(found, study, say), say)
+                side_by_side(found, study, lambda: _give_up(found, study, say), say, [lock])
         except ValueError:
             if fresh and not any(one.finished for one in found.study().tried()):
                 shutil.rmtree(order.folder)  # refused before anything was done, as if it had not been asked for
@@ -210,12 +210,17 @@ def _give_up(found: Search, study: Study, say: Say) -> None:
 # --- trials ----------------------------------------------------------------------------------------------------------
 
 
-def work(found: Search, study: Study, say: Say) -> None:
-    """Run trial after trial until the budget is spent."""
+def _go_on() -> None:
+    """Stop at nothing."""
+
+
+def work(found: Search, study: Study, say: Say, heed: Callable[[], None] = _go_on) -> None:
+    """Run trial after trial until the budget is spent; `heed` raises Stopped where the next is not to begin."""
     order = found.order
     while (asked := study.ask(order.trials, order.hours)) is not None:
         number, values = asked
         try:
+            heed()
             _try(found, study, number, values)
         except BaseException:
             study.give_up(number)

@@ -265,6 +265,10 @@ def _backward(parts: Parts, state: TrainState, window: Sequence[Rows]) -> torch.
             parts.scaler.scale(loss).backward()
             total += loss.detach()
             tokens += batch.num_tokens
+        for rows in parts.ranks.idle(window):
+            with parts.autocast():
+                outputs = parts.outputs(parts.collate(rows).to(parts.device))
+            (sum(output.sum() for output in outputs.values()) * torch.zeros((), device=parts.device)).backward()
         total, tokens = gather(total, tokens)
     state.num_tokens += tokens
     return total
@@ -287,7 +291,7 @@ def _clip(parts: Parts) -> torch.Tensor:
     parts.scaler.unscale_(parts.optimizer)
     trainable = [p for group in parts.optimizer.param_groups for p in group["params"] if p.grad is not None]
     limit = math.inf if parts.clip_norm is None else parts.clip_norm
-    return nn.utils.clip_grad_norm_(trainable, limit)
+    return parts.ranks.clip(trainable, limit)
 
 
 def _evaluate(parts: Parts, state: TrainState, pulse: _Pulse, ends: bool) -> None:
