@@ -228,6 +228,7 @@ def folds(
         print(line)
     for leak in lint(Evidence(table, test, folding.fold, loaded.folds.group)):
         print(f"warning: {leak}")
+    print(f"next: comp train --config {config} --debug")
 
 
 @app.command("lint")
