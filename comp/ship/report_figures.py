@@ -63,6 +63,8 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawn:
+    """A picture in both forms, and its size in the page."""
+
     svg: bytes
     png: bytes
     width: int

@@ -120,6 +120,8 @@ Block: TypeAlias = Grid | Picture | Note | Lines | Tiles | Marked
 
 @dataclass(frozen=True)
 class Panel:
+    """A section of a page: `name` is its id, `title` its heading."""
+
     name: str
     title: str
     blocks: Sequence[Block]
@@ -127,6 +129,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Page:
+    """A whole page: its heading, a line about it, and its sections, the first without a heading of its own."""
+
     title: str
     about: str
     panels: Sequence[Panel]
