@@ -15,6 +15,7 @@ import typer
 from comp.cli_pretrain import pretrain_app
 from comp.cli_search import search_app
 from comp.cli_ship import ship_app
+from comp.cli_stop import goes_on
 from comp.cli_track import track_app
 
 if TYPE_CHECKING:
@@ -69,7 +70,6 @@ def train(
     from comp.training import crossval
     from comp.training.dispatch import JobsFailed, how_of, joined
     from comp.training.seeds import parse_seeds, run_seeds
-    from comp.training.trainer import Stopped
 
     file = config_file.find(config)
     loaded = config_file.load(file, [*(overrides or []), *(DEBUG if debug else [])])
@@ -88,7 +88,7 @@ def train(
             raise typer.Exit(1)
         return
     try:
-        with joined(how) as own:
+        with goes_on(f"runs/{name}"), joined(how) as own:
             if own is None:  # of several processes on one fold, one that is led
                 return
             if seeds is None:
@@ -98,12 +98,6 @@ def train(
     except JobsFailed as failed:
         print(f"comp: {failed}", file=sys.stderr)
         raise typer.Exit(1) from None
-    except Stopped as stopped:
-        print(f"comp: {stopped}; the same command goes on from what is saved")
-        raise typer.Exit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        print(f"comp: stopped; the same command goes on from what runs/{name} has saved")
-        raise typer.Exit(130) from None
     _track_scores([name] if seeds is None else [f"{name}-seed{seed}" for seed in parse_seeds(seeds)], loaded)
 
 
@@ -234,6 +228,7 @@ def folds(
         print(line)
     for leak in lint(Evidence(table, test, folding.fold, loaded.folds.group)):
         print(f"warning: {leak}")
+    print(f"next: comp train --config {config} --debug")
 
 
 @app.command("lint")
@@ -314,13 +309,9 @@ def doctor() -> None:
 def demo() -> None:
     """Train, infer and score a small competition made from film reviews; about four minutes on two cores."""
     from comp.ship.demo import run_demo
-    from comp.training.trainer import Stopped
 
-    try:
+    with goes_on("runs/demo"):
         run_demo()
-    except Stopped as stopped:
-        print(f"comp: {stopped}; the same command goes on from what is saved")
-        raise typer.Exit(128 + stopped.signal) from None
 
 
 @config_app.command("show")

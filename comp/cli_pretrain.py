@@ -7,6 +7,8 @@ from typing import Annotated, BinaryIO
 
 import typer
 
+from comp.cli_stop import goes_on
+
 __all__ = ["pretrain_app"]
 
 pretrain_app = typer.Typer()
@@ -27,20 +29,13 @@ def pretrain(
     from comp import config_file
     from comp.runs import check_name
     from comp.training.pretrain import pretrain as train
-    from comp.training.trainer import Stopped
 
     file = config_file.find(config)
     loaded = config_file.load(file, overrides or [])
     name = run or f"{file.stem}-pretrain" + ("" if fold is None else f"-fold{fold}")
     check_name(name, "--run", "runs")
-    try:
+    with goes_on(f"runs/{name}"):
         train(loaded, name, fold, restart=restart, save_every=save_every)
-    except Stopped as stopped:
-        print(f"comp: {stopped}; the same command goes on from what is saved")
-        raise typer.Exit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        print(f"comp: stopped; the same command goes on from what runs/{name} has saved")
-        raise typer.Exit(130) from None
 
 
 @pretrain_app.command("lr-find")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from comp.cli_stop import goes_on
+
 if TYPE_CHECKING:
     from comp.pipeline_file import Command
 
@@ -44,7 +46,6 @@ def search(
     from comp.training.search_result import chosen, optimism, study_table, write_best, write_trials
     from comp.training.search_workers import run_workers
     from comp.training.seeds import parse_seeds
-    from comp.training.trainer import Stopped
 
     if trials is not None and hours is not None:
         raise ValueError("--trials and --hours are both given; the budget is one of them")
@@ -66,11 +67,8 @@ def search(
         keep=keep,
     )
     opened = open_search(order)
-    try:
+    with goes_on(order.folder):
         tried, again = run(opened, restart=restart, side_by_side=None if jobs == 1 else run_workers)
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"comp: stopped; the same command goes on from what {order.folder} has")
-        raise typer.Exit(128 + stopped.signal if isinstance(stopped, Stopped) else 130) from None
     print(f"\n{study_table(opened, tried, again)}\n\n{optimism(opened, tried, again)}")
     written = [write_trials(opened, tried)]
     if importances := opened.study().importances():

@@ -105,7 +105,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_pairs(texts: Iterable[str], option: str) -> dict[str, Any]:
-    """Return "key=value" texts as a mapping, values as YAML. `option`: of the command line, for the message."""
+    """Return "key=value" texts as a mapping, values as YAML. `option`: of the command line, for the message.
+
+    Raises ValueError for a text without "=", or whose key is no name.
+    """
     pairs = {}
     for text in texts:
         key, equals, value = text.partition("=")

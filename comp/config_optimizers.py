@@ -51,6 +51,8 @@ class AdamLike(Section):
 
 
 class AdamW(AdamLike, Wrappable):
+    """The options of optimizer.name adamw, the default."""
+
     name: Literal["adamw"] = "adamw"
 
 

@@ -12,6 +12,8 @@ __all__ = ["DensePooler", "MeanPooler", "Pooler"]
 
 
 class MeanPooler(Section):
+    """model.pooler.name mean, the default; it has no options."""
+
     name: Literal["mean"] = "mean"
 
 
@@ -135,6 +137,8 @@ class DenseLayer(Section):
 
 
 class DensePooler(DenseLayer):
+    """The options of model.pooler.name dense."""
+
     name: Literal["dense"] = "dense"
     of: Pooler = MeanPooler()
     """The pooler before the dense layer, with its own options."""

@@ -8,6 +8,8 @@ __all__ = ["Section"]
 
 
 class Section(BaseModel):
+    """What every section of a config is: unknown keys are refused, values are checked, nothing changes later."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,

@@ -109,6 +109,8 @@ Loss = Annotated[
 
 
 class UnifiedLayout(Section):
+    """groups.layout unified, the default; it has no options."""
+
     layout: Literal["unified"] = "unified"
 
 
@@ -125,6 +127,8 @@ class LayerWiseLayout(Section):
 
 
 class LLRDLayout(Section):
+    """The options of groups.layout llrd."""
+
     layout: Literal["llrd"] = "llrd"
     decay: float = Field(0.95, gt=0, le=1)
     """Each block's learning rate is this times the rate of the block above it; 1 = the same for all."""
@@ -141,6 +145,8 @@ class ConstantSchedule(Section):
 
 
 class WarmupSchedule(Section):
+    """What every schedule with a warm-up has; at most one of its lengths is given."""
+
     warmup_percent: float | None = Field(None, ge=0, le=100)
     """Length of the linear warm-up in percent of all optimizer steps; left out together with the other two = 10."""
     warmup_steps: int | None = Field(None, ge=0)
@@ -169,6 +175,8 @@ class ConstantWithWarmupSchedule(WarmupSchedule):
 
 
 class LinearSchedule(WarmupSchedule):
+    """The options of schedule.name linear."""
+
     name: Literal["linear"] = "linear"
 
 

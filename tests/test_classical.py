@@ -258,7 +258,7 @@ def test_a_run_scores_infers_and_blends(kind: str, setup: Callable[..., Any]) ->
 def test_finished_folds_full_data_and_refusals(setup: Callable[..., Any]) -> None:
     config, competition = setup()
     fitted(config, "words", ["tfidf"], folds="0")
-    assert "out-of-fold scores so far: folds 1 are not trained yet" in SAID
+    assert "out-of-fold scores so far: fold 1 is not trained yet" in SAID
     scores = fitted(config, "words", ["tfidf"])
     assert "fold 0: finished before, skipped (--restart fits it again)" in SAID and len(scores.folds) == 2
     with pytest.raises(ValueError, match="was made from another classical; name a new run with --run"):

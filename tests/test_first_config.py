@@ -226,10 +226,44 @@ def test_max_length_follows_the_texts(tmp_path: Path, words: int, length: int) -
     assert found.config["model"]["max_length"] == length
 
 
+PROMPTS = [f"p{row // 2}" for row in range(NUM_TRAIN)]
+
+
 def test_groups_are_mentioned(tmp_path: Path) -> None:
-    found = guess(folder_of(tmp_path, {"prompt": [f"p{row // 2}" for row in range(NUM_TRAIN)], "target": NUMBERS}))
-    assert any(reason.startswith("group: 'prompt' has 12 values over 24 rows") for reason in found.reasons)
+    found = guess(folder_of(tmp_path, {"prompt": PROMPTS, "target": NUMBERS}))
+    (reason,) = [reason for reason in found.reasons if reason.startswith("group:")]
+    assert reason.startswith("group: 'prompt' has 12 values over 24 rows; if rows of one value are alike")
+    assert reason.endswith("set folds.splitter: stratified_group and folds.group: prompt")
+    assert found.config["folds"]["splitter"] == "stratified" and "group" not in found.config["folds"]
+
+
+def test_groups_that_the_test_table_shows_are_taken(tmp_path: Path) -> None:
+    train = {"prompt": PROMPTS, "target": NUMBERS}
+    path = folder_of(tmp_path / "other", train, {"prompt": ["q1"] * NUM_TEST}, {"target": zeros()})
+    found = guess(path)
+    assert found.config["folds"] == {"splitter": "stratified_group", "group": "prompt", "num_folds": 5, "seed": 42}
+    assert "group: 'prompt' has 12 values over 24 rows, and no test row has one of them" in "\n".join(found.reasons)
+    assert "folds: 5, stratified_group by 'prompt'" in found.reasons
+    write_first_config(path, tmp_path / "first.yaml")
+    assert load(tmp_path / "first.yaml").folds.group == "prompt"
+    known = ["p1", "p2", "p3", "q1", "q2", "q3"]
+    found = guess(folder_of(tmp_path / "known", train, {"prompt": known}, {"target": zeros()}))
+    assert "group: 'prompt' has 12 values over 24 rows, which 50% of the test rows have, too" in found.reasons
     assert "group" not in found.config["folds"]
+    gaps = {"prompt": ["", *PROMPTS[1:]], "target": NUMBERS}
+    found = guess(folder_of(tmp_path / "gaps", gaps, {"prompt": ["q1"] * NUM_TEST}, {"target": zeros()}))
+    assert "group" not in found.config["folds"], "every row needs a group"
+
+
+def test_a_base_beside_it_is_extended(tmp_path: Path) -> None:
+    path = folder_of(tmp_path / "in", {"target": NUMBERS})
+    (tmp_path / "base.yaml").write_text("groups: {layout: llrd, decay: 0.8}\nfolds: {num_folds: 9}\n")
+    reasons = write_first_config(path, tmp_path / "first.yaml")
+    assert "extends: base.yaml beside it has the other keys; what is said here goes before it" in reasons
+    config = load(tmp_path / "first.yaml")
+    assert config.groups.layout == "llrd" and config.folds.num_folds == 5
+    assert "extends" not in (write_first_config(path, tmp_path / "alone" / "first.yaml") or [""])[0]
+    assert "extends" not in (tmp_path / "alone" / "first.yaml").read_text()
 
 
 def test_empty_targets_are_mentioned(tmp_path: Path) -> None:
@@ -245,17 +279,24 @@ def test_no_folder_or_table(tmp_path: Path) -> None:
     assert "no such folder; name the one that holds train.csv" in fault_of(tmp_path / "nowhere")
     message = fault_of(tmp_path)
     assert "no training table; looked for a .csv or .parquet file with 'train' in its name" in message
-    assert "found no table at all" in message
+    assert "found no file at all" in message
     (tmp_path / "rows.csv").write_text("id\n1\n")
     assert "found 'rows.csv'" in fault_of(tmp_path)
 
 
 def test_no_id(tmp_path: Path) -> None:
-    message = fault_of(folder_of(tmp_path, {"id": ["a"] * NUM_TRAIN, "text": ["one and the same text"] * NUM_TRAIN}))
+    (tmp_path / "train.csv").write_text("text,target\n" + "one and the same text,1\n" * 2 + "one and the same text,2\n")
+    message = fault_of(tmp_path)
     assert (
-        "no id column; looked for a column of train that is never empty and never repeats, among 'id', 'text'"
+        "no id column; looked for a column of train that is never empty and never repeats, among 'text', 'target'; add one"
         in message
     )
+
+
+def test_an_id_that_repeats_is_named(tmp_path: Path) -> None:
+    ids = [f"a{row}" for row in range(NUM_TRAIN - 1)] + ["a3"]
+    message = fault_of(folder_of(tmp_path, {"id": ids, "target": NUMBERS}, {}, {"target": zeros()}))
+    assert message.startswith(f"{tmp_path / 'train.csv'}: 'id' would be the id, but 'a3' occurs more than once; drop")
 
 
 def test_no_target(tmp_path: Path) -> None:

@@ -468,14 +468,14 @@ def test_audit_of_classes_warns_of_a_class_in_one_fold() -> None:
     assert lines[0] == "fold 0: 2 rows, target=a 50.0%, target=b 50.0%"
     assert lines[1] == "fold 1: 2 rows, target=a 100.0%, target=b 0.0%"
     assert len(lines) == 3
-    assert lines[2].startswith("warning: all 1 rows of target=b are in fold 0: the model that is validated there")
+    assert lines[2].startswith("warning: the only row of target=b is in fold 0: the model that is validated there")
 
 
 @pytest.mark.parametrize("kind", ["binary", "ordinal"])
 def test_audit_of_two_grades(kind: str) -> None:
     lines = audit(np.asarray([0, 0, 1, 1]), table(task(kind), target=[0, 1, 0, 0]), task(kind))
     assert "target=1 50.0%" in lines[0]
-    assert "warning: all 1 rows of target=1 are in fold 0" in lines[-1]
+    assert "warning: the only row of target=1 is in fold 0" in lines[-1]
 
 
 def test_audit_of_labels_and_soft_labels() -> None:

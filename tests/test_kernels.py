@@ -244,3 +244,39 @@ def test_a_run_records_its_choice_and_infers_what_it_scored(
         assert status in (0, 1)
         assert "bert 32x4, dropout 0.1, in attention 0.1" in out
         assert "eager fp32, 2,000 tokens/s a block (sdpa fp32 1,000)" in out
+
+
+def test_inference_takes_the_precision_that_training_chose_on_the_same_device(
+    isolated: Path,
+    tiny_competition: Callable[..., TinyCompetition],
+    tiny_model_folder: Folder,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Call,
+) -> None:
+    monkeypatch.setattr("comp.runtime.cpu_has_bf16", lambda: True)  # so that the hardware would take bf16
+    monkeypatch.setattr(kernels, "measure", lambda *_, **__: RATES | {"eager fp32": 300.0})
+    data = tiny_competition().config(tiny_model_folder("bert"))
+    data["training"]["precision"] = "auto"
+    (isolated / "tiny.yaml").write_text(yaml.safe_dump(data))
+    crossval.run(config_file.load("tiny.yaml"), "tiny", "0", say=lambda line: None)
+    path = Path("runs/tiny/manifest.json")
+    manifest = json.loads(path.read_text())
+    assert manifest["kernels"]["precision"] == "fp32"
+
+    assert load("runs/tiny").runtime.precision == "fp32"
+    assert load("runs/tiny", precision="bf16").runtime.precision == "bf16", "an explicit one wins"
+    assert load("runs/tiny", precision="auto").runtime.precision == "bf16", "so does the device's usual one"
+    status, out, _ = call("infer", "--run", "runs/tiny")
+    assert status == 0 and re.search(r"best weights\), CPU \(\d+ threads\), fp32", out)
+
+    name, threads = manifest["kernels"]["device"].rsplit(", ", 1)
+    for device, wanted in ((f"{name}, 96 threads", "fp32"), (f"Another CPU, {threads}", "bf16"), ("NVIDIA T4", "bf16")):
+        path.write_text(json.dumps({**manifest, "kernels": {**manifest["kernels"], "device": device}}))
+        assert load("runs/tiny").runtime.precision == wanted, device
+    for other in (None, "fp32", {"precision": "int8", "device": manifest["kernels"]["device"]}):
+        path.write_text(json.dumps({**manifest, "kernels": other}))
+        assert load("runs/tiny").runtime.precision == "bf16", other
+    del manifest["kernels"]  # a run made before there was a choice
+    path.write_text(json.dumps(manifest))
+    assert load("runs/tiny").runtime.precision == "bf16"

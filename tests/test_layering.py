@@ -171,6 +171,7 @@ LAYERS = {
     "ship/lit.py": 6,
     "__init__.py": 7,
     "__main__.py": 7,
+    "cli_stop.py": 7,
     "cli_pretrain.py": 7,
     "cli_ship.py": 7,
     "cli_search.py": 7,
@@ -218,7 +219,7 @@ ONE_FILE_ONLY = (
 
 KAGGLE_HAS = {"torch", "transformers", "numpy", "pandas", "sklearn", "scipy", "safetensors", "yaml", "pydantic"}
 """All that inference on Kaggle may need (scikit-learn brings SciPy). Anything else is imported where it is used, inside a function."""
-AT_THE_TOP = {f"cli{of}.py": {"typer"} for of in ("", "_ship", "_pretrain", "_search", "_track")}
+AT_THE_TOP = {f"cli{of}.py": {"typer"} for of in ("", "_stop", "_ship", "_pretrain", "_search", "_track")}
 
 HEAVY = ("torch", "transformers", "tokenizers", "pandas", "sklearn", "scipy", "pyarrow", "wandb", "tqdm")
 

@@ -358,6 +358,14 @@ def test_patience_and_the_best_weights(config_of: Callable[..., Any]) -> None:
     assert isinstance(learner, MaskedLM) and done["best"] < done["last"]
 
 
+def test_what_is_not_finite_is_blamed_on_the_rates_of_pretrain(config_of: Callable[..., Any], call: Call) -> None:
+    config_of(lr=1e30)
+    status, _, told = call("pretrain", "--config", "tiny.yaml", "--set", "optimizer.clip_norm=null")
+    assert status == 1 and "training stopped at step" in told
+    assert "Try a lower pretrain.lr or pretrain.head_lr, a longer warm-up (pretrain.schedule.warmup_percent)" in told
+    assert "optimizer.lr" not in told and "targets" not in told
+
+
 # --- folds and lineage -----------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from comp.ship.submission import (
     build_without_sample,
     read_submission,
     score_submission,
+    strange_labels,
     validate_submission,
     write_submission,
 )
@@ -66,6 +67,32 @@ def test_columns_are_filled_by_name_in_the_samples_order():
     assert list(frame.columns) == ["a", "id", "b"]
     assert frame["a"].tolist() == [20.0, 30.0, 10.0]
     assert frame["b"].tolist() == [2.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("classes", "cell", "wanted"),
+    [
+        (["0.0", "1.0", "2.0"], "0", ["0", "1", "2"]),
+        (["0", "1", "2"], "0.0", ["0.0", "1.0", "2.0"]),
+        (["1", "2", "3"], "0", ["1", "2", "3"]),
+        (["1.0", "2.0", "3.0"], "2.0", ["1.0", "2.0", "3.0"]),
+        (["0.5", "1.0", "2.0"], "0", ["0.5", "1.0", "2.0"]),
+        (["1", "1.0", "2"], "7", ["1", "1.0", "2"]),
+    ],
+)
+def test_labels_that_are_numbers_are_written_as_in_the_sample(classes: list[str], cell: str, wanted: list[str]):
+    sample = _sample(label=[cell] * 3)
+    frame = _build(sample, np.eye(3), MULTICLASS, classes)
+    assert frame["label"].tolist() == [wanted[1], wanted[2], wanted[0]]
+    assert strange_labels(sample, id_column="id", task=MULTICLASS, classes=classes) is None
+
+
+def test_a_sample_without_any_of_the_labels_is_told():
+    told = strange_labels(_sample(label=["0"] * 3), id_column="id", task=MULTICLASS, classes=AUTHORS)
+    assert told is not None and "column 'label' holds '0', none of the labels 'EAP', 'HPL', 'MWS'" in told
+    assert strange_labels(_sample(label=["HPL"] * 3), id_column="id", task=MULTICLASS, classes=AUTHORS) is None
+    many = _sample(EAP=["0"] * 3, HPL=["0"] * 3, MWS=["0"] * 3)
+    assert strange_labels(many, id_column="id", task=MULTICLASS, classes=AUTHORS) is None
 
 
 def test_multiclass_as_labels_and_as_probabilities():

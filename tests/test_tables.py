@@ -192,6 +192,9 @@ def test_missing_file_names_near_ones(tmp_path: Path) -> None:
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     assert "not a .csv or .parquet file; unpack or convert" in read_fault(wrote(tmp_path, "x", "train.zip"))
+    told = read_fault(wrote(tmp_path, "id\ttext\n1\tone\n", "train.tsv"))
+    path = tmp_path / "train.tsv"
+    assert f"make it one: pandas.read_csv('{path}', sep='\\t', dtype=str).to_csv('{path.with_suffix('.csv')}'" in told
     assert "not a readable parquet file" in read_fault(wrote(tmp_path, "x", "train.parquet"))
 
 

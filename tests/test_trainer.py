@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,6 +261,9 @@ def test_what_is_not_finite_stops_with_step_rate_and_advice(
     object.__setattr__(parts, "loss", broken)
     with pytest.raises(NonFiniteError, match=r"stopped at step 3: .*learning rate 1.00e-03.*lower optimizer.lr"):
         fit(parts, TrainState())
+    calls.clear()
+    with pytest.raises(NonFiniteError, match=r"weights so far are kept\. Try another one\.$"):
+        fit(replace(parts, remedy="another one"), TrainState())
 
 
 def test_under_a_loss_scaler_an_infinite_gradient_is_a_skipped_step(

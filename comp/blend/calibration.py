@@ -147,7 +147,10 @@ CALIBRATORS: dict[str, Calibrator] = {
 
 
 def fit_calibration(name: str, problem: Problem, values: Floats) -> Parameters:
-    """Fit a calibrator of the catalogue. Raises ValueError when it does not fit the task."""
+    """Fit a calibrator of the catalogue to blended values (N, K); return its parameters, which JSON can hold.
+
+    Raises ValueError when there is none of this name, or it does not fit the kind of task.
+    """
     row = pick(CALIBRATORS, name, "calibration")
     if problem.kind not in row.kinds:
         raise ValueError(f"calibration '{name}' does not fit kind '{problem.kind}'; it fits {', '.join(row.kinds)}")

@@ -185,7 +185,10 @@ def longest_window(
     micro_batch_size: int | None = None,
     batch_tokens: int | None = None,
 ) -> list[NDArray[np.int64]]:
-    """Return a window of the longest of `rows`, which takes as much memory as any of `training_windows`."""
+    """Return a window of the longest of `rows` (M,), which takes as much memory as any of `training_windows`.
+
+    `lengths` (N,): tokens of each row of the table. The window is a list of micro-batches of row numbers.
+    """
     longest = rows[np.argsort(-lengths[rows], kind="stable")[:batch_size]]
     if batch_tokens is not None:
         longest = _filled(longest, lengths, batch_size, batch_tokens)[0]
@@ -195,7 +198,9 @@ def longest_window(
 def sorted_batches(
     lengths: NDArray[np.int64], *, max_tokens: int = 8192, max_rows: int = 256
 ) -> list[NDArray[np.int64]]:
-    """Cut all N rows into batches for prediction: at most `max_tokens` padded tokens and `max_rows` rows each.
+    """Cut all N rows into batches of row numbers for prediction, `max_tokens` padded tokens and `max_rows` at most.
+
+    `lengths` (N,): tokens of each row.
 
     Longest first, so that memory runs out at once or never. A batch has at least one row. Of all ways to cut the
     sorted rows, this one has the least padded tokens, where a batch more counts as a 64th of `max_tokens`: full batches
@@ -221,7 +226,7 @@ def sorted_batches(
 
 
 def count_tokens(encoded: Encoded, batches: Iterable[NDArray[np.int64]]) -> tuple[int, int]:
-    """Return the real and the padded number of tokens of batches of row numbers, each padded to its longest piece."""
+    """Return the real and the padded number of tokens of batches of row numbers (B,), each padded to its longest."""
     sizes = np.diff(encoded.offsets)
     longest, pieces = np.maximum.reduceat(sizes, encoded.first[:-1]), np.diff(encoded.first)
     lengths, real, padded = encoded.lengths, 0, 0

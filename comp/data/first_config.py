@@ -19,6 +19,7 @@ from comp.runs import write_text
 
 __all__ = ["Guess", "guess", "write_first_config"]
 
+BASE = "base.yaml"
 BACKBONE = "microsoft/deberta-v3-base"
 TOKENS_PER_WORD = 1.4  # English prose under the usual subword vocabularies, special tokens included
 LONGEST = 512  # positions of most encoders
@@ -66,9 +67,11 @@ def guess(folder: Path | str) -> Guess:
     texts = _guess_texts(tables, {name, *targets.columns}, reasons)
     kind, metric = _guess_kind(tables, targets, reasons)
     several = len(targets.columns) > 1
+    group = _guess_group(tables, {name, *targets.columns, *texts}, reasons)
     splitter = "multilabel_stratified" if several else "stratified"
-    reasons.append(f"folds: 5, {splitter}")
-    _mention_groups(tables.train, {name, *targets.columns, *texts}, reasons)
+    if group is not None:
+        splitter = "group" if several else "stratified_group"
+    reasons.append(f"folds: 5, {splitter}" + ("" if group is None else f" by '{group}'"))
     shown = {role: Path(os.path.relpath(path)).as_posix() for role, path in tables.paths.items()}
     config: dict[str, Any] = {
         "competition": {
@@ -87,7 +90,7 @@ def guess(folder: Path | str) -> Guess:
             }
         ],
         "metric": metric,
-        "folds": {"splitter": splitter, "num_folds": 5, "seed": 42},
+        "folds": {"splitter": splitter, **({} if group is None else {"group": group}), "num_folds": 5, "seed": 42},
         "model": {"backbone": BACKBONE, "max_length": _guess_length(tables.train, texts, reasons)},
         "training": {"epochs": 3, "batch_size": 16},
     }
@@ -109,6 +112,8 @@ def write_first_config(folder: Path | str, out: Path | str, name: str | None = N
     found = guess(folder)
     if name is not None:
         found.config["competition"]["name"] = name
+    if (out.parent / BASE).exists():
+        found.reasons.append(f"extends: {BASE} beside it has the other keys; what is said here goes before it")
     write_text(out, _yaml(found, out))
     return found.reasons
 
@@ -119,7 +124,8 @@ def write_first_config(folder: Path | str, out: Path | str, name: str | None = N
 def _read_tables(folder: Path, reasons: list[str]) -> _Tables:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name the one that holds train.csv")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".csv", ".parquet"))
+    there = sorted(file for file in folder.iterdir() if file.is_file())
+    files = [file for file in there if file.suffix.lower() in (".csv", ".parquet")]
     paths: dict[str, Path] = {}
     for role, word in (("sample_submission", "submission"), ("train", "train"), ("test", "test")):
         path = _named([file for file in files if file not in paths.values()], role, word)
@@ -129,7 +135,7 @@ def _read_tables(folder: Path, reasons: list[str]) -> _Tables:
     if "train" not in paths:
         raise ValueError(
             f"{folder}: no training table; looked for a .csv or .parquet file with 'train' in its name, found "
-            f"{listed([file.name for file in files], 10) or 'no table at all'}"
+            f"{listed([file.name for file in there], 10) or 'no file at all'}"
         )
     for role, effect in (("test", "`comp infer` will need --test"), ("sample_submission", "targets are guessed")):
         if role not in paths:
@@ -172,6 +178,13 @@ def _guess_id(tables: _Tables, reasons: list[str]) -> str:
         if name in unique:
             reasons.append(f"id: '{name}' (unique in {where})")
             return name
+    for name in [*first, *(name for name in shared if re.search(r"(^|_)id$|Id$|ID$", name))]:
+        for role, frame in present.items():
+            if name in shared and (twice := frame[name][frame[name].duplicated()].tolist()):
+                raise ValueError(
+                    f"{tables.paths[role]}: '{name}' would be the id, but {listed(twice)} occurs more than once; drop "
+                    "the copies, or write the config by hand with another competition.id"
+                )
     raise ValueError(
         f"{tables.paths['train'].parent}: no id column; looked for a column of {where} that is never empty and never "
         f"repeats, among {listed(shared, 20) or 'no shared columns'}; add one and set competition.id"
@@ -306,15 +319,31 @@ def _guess_length(train: pd.DataFrame, texts: list[str], reasons: list[str]) -> 
     return length
 
 
-def _mention_groups(train: pd.DataFrame, taken: set[str], reasons: list[str]) -> None:
+def _guess_group(tables: _Tables, taken: set[str], reasons: list[str]) -> str | None:
+    """Return the column whose rows must stay together: the test table has it, with values that train has not.
+
+    Other columns that repeat, and those of which the tables do not tell, are only mentioned.
+    """
+    train, found = tables.train, None
     for name in train.columns:
         cells = train[name][train[name].str.strip().ne("")]
         rows_each = len(cells) / max(1, cells.nunique())
-        if name not in taken and cells.nunique() >= 10 and rows_each >= 1.5 and not _is_fraction(cells):
-            reasons.append(
-                f"group: '{name}' has {cells.nunique()} values over {len(cells)} rows; if rows of one value are alike "
-                f"and the test rows have others, set folds.splitter: group and folds.group: {name}"
-            )
+        if name in taken or cells.nunique() < 10 or rows_each < 1.5 or _is_fraction(cells):
+            continue
+        about = f"group: '{name}' has {cells.nunique()} values over {len(cells)} rows"
+        advice = f"set folds.splitter: stratified_group and folds.group: {name}"
+        if tables.test is None or name not in tables.test:
+            reasons.append(f"{about}; if rows of one value are alike and the test rows have others, {advice}")
+            continue
+        known = tables.test[name].isin(set(cells))
+        if known.any() or not len(known):
+            reasons.append(f"{about}, which {known.mean() if len(known) else 0:.0%} of the test rows have, too")
+        elif found is None and len(cells) == len(train):
+            reasons.append(f"{about}, and no test row has one of them: rows of one value stay in one fold")
+            found = name
+        else:
+            reasons.append(f"{about}, and no test row has one of them; where its rows are alike, {advice}")
+    return found
 
 
 def _is_fraction(cells: pd.Series) -> bool:
@@ -349,11 +378,13 @@ def _scalar(value: object) -> str:
 def _yaml(found: Guess, out: Path) -> str:
     config = found.config
     data, task = config["competition"], config["tasks"][0]
+    extends = f"\nextends: {BASE}\n" if (out.parent / BASE).exists() else ""
     comments = "".join(f"#   {' '.join(reason.split())}\n" for reason in found.reasons)
     return (
         f"# comp train --fold all --config {out.as_posix()}\n"
         "# Written by `comp init`; why each key is what it is:\n"
         f"{comments}"
+        f"{extends}"
         "\n"
         "competition: # paths are relative to the directory that comp runs in\n"
         f"{_lines(data)}"

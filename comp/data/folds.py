@@ -54,13 +54,13 @@ class Folding:
 
 
 def train_rows(fold_of_row: FoldOfRow, k: int, splitter: str) -> NDArray[np.int64]:
-    """Return the rows that fold `k` trains on: those of all other folds, or under `time` the earlier ones."""
+    """Return the row numbers (M,) that fold `k` trains on: all other folds, or under `time` the earlier ones."""
     chosen: NDArray[np.int64] = np.flatnonzero(fold_of_row < k if splitter == "time" else fold_of_row != k)
     return chosen
 
 
 def valid_rows(fold_of_row: FoldOfRow, k: int) -> NDArray[np.int64]:
-    """Return the rows that fold `k` is validated on."""
+    """Return the row numbers (M,) that fold `k` is validated on."""
     chosen: NDArray[np.int64] = np.flatnonzero(fold_of_row == k)
     return chosen
 
@@ -222,10 +222,14 @@ def audit(fold: FoldOfRow, table: Table, task: Task, *, group: str | None = None
         homes = np.unique(fold[mask])
         if len(homes) == 1:
             lines.append(
-                f"warning: all {mask.sum()} rows of {name} are in fold {homes[0]}: the model that is validated "
+                f"warning: {_all_rows(int(mask.sum()), name)} in fold {homes[0]}: the model that is validated "
                 "there never saw one; merge it with another class, or lower folds.num_folds"
             )
     return lines
+
+
+def _all_rows(number: int, name: str) -> str:
+    return f"the only row of {name} is" if number == 1 else f"all {number} rows of {name} are"
 
 
 def _shares(targets: NDArray[np.float32], table: Table, task: Task) -> dict[str, NDArray[np.bool_]]:

@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 SUFFIXES = (".csv", ".parquet")
+SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars"}  # of files that call themselves .csv
 MOST_SHOWN = 80  # letters of a cell in a message
 Ids: TypeAlias = NDArray[np.object_]
 Mask: TypeAlias = NDArray[np.bool_]
@@ -88,6 +89,7 @@ def no_column(name: str, role: str, frame: pd.DataFrame) -> str:
 
 
 def named_twice(names: Iterable[object]) -> list[str]:
+    """Return one fault that names the columns that occur more than once; [] when there are none."""
     twice = [name for name, times in Counter(map(str, names)).items() if times > 1]
     return [f"column name {listed(twice)} occurs more than once; rename one"] if twice else []
 
@@ -100,14 +102,15 @@ def read_frame(path: Path | str, id_column: str | None = None, *, empty: bool = 
 
     `empty`: a table without rows is allowed.
 
-    Raises ValueError: no such file, neither .csv nor .parquet, not UTF-8, ragged or unparsable, no rows, a column
-    name twice, no `id_column`.
+    Raises ValueError: no such file, neither .csv nor .parquet, not UTF-8, not separated by commas, ragged or
+    unparsable, no rows, a column name twice, no `id_column`.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(_no_file(path))
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{path}: not a {' or '.join(SUFFIXES)} file; unpack or convert it first")
+        advice = _convert(path, "\t") if path.suffix.lower() in (".tsv", ".tab") else "unpack or convert it first"
+        raise ValueError(f"{path}: not a {' or '.join(SUFFIXES)} file; {advice}")
     frame = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
     if not len(frame) and not empty:
         raise ValueError(f"{path}: the table has no rows, only columns {listed([*frame.columns], 20)}")
@@ -116,6 +119,12 @@ def read_frame(path: Path | str, id_column: str | None = None, *, empty: bool = 
         if id_column not in frame.columns:
             raise ValueError(f"{path}: {no_column(id_column, 'the id', frame)}")
     return frame
+
+
+def _convert(path: Path, separator: str) -> str:
+    """Return the line of Python that makes a CSV of a table with another separator."""
+    to = path.with_suffix(".csv")
+    return f"make it one: pandas.read_csv('{path}', sep={separator!r}, dtype=str).to_csv('{to}', index=False)"
 
 
 def _no_file(path: Path) -> str:
@@ -159,6 +168,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if not lines:
         raise ValueError(f"{path}: the file is empty; its first line must name the columns")
     header, *rows = [row for _, row in lines]
+    for separator, name in SEPARATORS.items():
+        if len(header) == 1 and separator in header[0]:
+            raise ValueError(f"{path}: its columns are separated by {name}, not by commas; {_convert(path, separator)}")
     raise_faults(str(path), named_twice(header))
     ragged = [(line, len(row)) for line, row in lines if len(row) != len(header)]
     if ragged:
@@ -194,6 +206,7 @@ def cell_strings(column: pd.Series) -> list[str]:
 
 
 def blank(cells: Sequence[str]) -> Mask:
+    """Return which of N cells are empty or white space, (N,)."""
     return np.asarray([not cell.strip() for cell in cells], dtype=bool)
 
 

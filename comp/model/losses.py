@@ -266,7 +266,8 @@ def item_count(targets: Tensor, weights: Tensor | None, kind: str) -> Tensor:
 
 def num_outputs(task: Task, num_classes: int | None) -> int:
     """Return the width of a task's head: its classes for multiclass, steps between grades for the ordinal loss, else
-    its target columns. `num_classes`: classes or grades of the training table."""
+    its target columns. `num_classes`: classes or grades of the training table; ValueError where those are needed and
+    fewer than 2."""
     if task.kind == "multiclass" and len(task.targets) > 1:
         return len(task.targets)
     if task.kind != "multiclass" and task.loss.name != "ordinal":

@@ -88,14 +88,14 @@ def at_cls(tokens: torch.Tensor, mask: torch.Tensor, *, cls_last: bool) -> torch
 
 
 def masked_mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over real tokens, special tokens included; a text without any gives 0."""
+    """Return (B, H): the mean of `tokens` (B, T, H) over real ones, special tokens included; 0 without any."""
     weight = mask.ne(0).to(tokens.dtype)
     total = torch.einsum("bth,bt->bh", tokens.masked_fill(mask.eq(0)[..., None], 0), weight)
     return total / weight.sum(1, keepdim=True).clamp(min=1)
 
 
 def masked_max(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Maximum over real tokens, special tokens included; a text without any gives 0."""
+    """Return (B, H): the maximum of `tokens` (B, T, H) over real ones, special tokens included; 0 without any."""
     empty = mask.eq(0).all(1, keepdim=True)
     best = tokens.masked_fill(mask.eq(0)[..., None], torch.finfo(tokens.dtype).min).amax(1)
     return best.masked_fill(empty, 0)
@@ -108,16 +108,22 @@ def masked_softmax(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class MeanPooling(Pooler):
+    """Mean over the real tokens of the last layer: Reimers & Gurevych 2019, arXiv:1908.10084."""
+
     def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         return masked_mean(layer(hidden), mask)
 
 
 class MaxPooling(Pooler):
+    """Maximum over the real tokens of the last layer: Reimers & Gurevych 2019, arXiv:1908.10084."""
+
     def forward(self, hidden: Hidden, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         return masked_max(layer(hidden), mask)
 
 
 class MeanMaxPooling(Pooler):
+    """Mean and maximum side by side, (B, 2H): rhtsingh, Kaggle CommonLit 2021."""
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self.out_features = 2 * backbone.hidden_size
@@ -128,6 +134,8 @@ class MeanMaxPooling(Pooler):
 
 
 class MeanMaxCLSPooling(Pooler):
+    """Mean, maximum and classification token side by side, (B, 3H): rhtsingh, Kaggle CommonLit 2021."""
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         self.out_features = 3 * backbone.hidden_size

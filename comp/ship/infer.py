@@ -29,6 +29,7 @@ from comp.ship.submission import (
     build_without_sample,
     check_path,
     read_submission,
+    strange_labels,
     validate_submission,
     write_submission,
 )
@@ -68,7 +69,8 @@ def infer(
 
     Texts are tokenized once per tokenizer. What a model has predicted is kept, so that a killed call goes on where it
     was. `time_budget` ("8h"): models that will not fit are left out, lightest run first (see jobs.py), and the file is
-    written anew after every model.
+    written anew after every model. Raises ValueError when there is no finished run or no test table, runs or tables do
+    not fit together, or the submission would not be accepted: nothing is written then.
     """
     seconds = None if time_budget is None else parse_duration(time_budget)
     if blend is not None:
@@ -107,6 +109,8 @@ def infer(
     check_path(path)
     if layout is not None:  # what does not fit it is said now, not after the last model
         build_submission(layout, ids, np.zeros((len(ids), len(first.output_names))), **about)
+        if strange := strange_labels(layout, **about):
+            say(f"warning: {strange}")
 
     def write(found: Found) -> pd.DataFrame:
         values = _together(found, len(loaded), blend) if ids else np.zeros((0, len(first.output_names)))

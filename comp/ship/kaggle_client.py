@@ -150,7 +150,7 @@ def push_dataset(api: Any, folder: Path, note: str) -> str:
 
 
 def push_kernel(api: Any, folder: Path) -> str:
-    """Push the notebook of a bundle; return its address."""
+    """Push the notebook of a bundle; return its address. ValueError when kaggle takes it without data, or not."""
     found = api.kernels_push(str(folder))
     _must_be_ok(found, "notebook")
     for attribute in ("invalid_dataset_sources", "invalid_competition_sources"):

@@ -21,6 +21,7 @@ from comp.data.batches import sorted_batches
 from comp.data.frames import listed
 from comp.data.tables import Table, table_of
 from comp.data.tokens import CACHE, Encoded, Memory, encode
+from comp.kernels import device_name
 from comp.model.heads import plan_heads
 from comp.model.losses import build_decoder
 from comp.model.sources import check_tokenizer, load_tokenizer
@@ -272,10 +273,11 @@ def load(
 
     `folds`: which models are averaged, each counting the same: numbers, "full" (the full-data model), "all" (every
     finished fold); None = all, or the full-data model when there is no fold. `weights`: best (by validation), last, or
-    averaged. `precision`: None = as in training. `devices`: like ["cuda:0", "cuda:1"], a worker process for each when
-    there are several; None = every visible GPU, the first alone for few texts. `batch_tokens`: most padded tokens of a
-    batch; None = 8192 on a GPU, 2048 on a CPU. `fallback`: stop or cpu, see `open_runtime`. Raises ValueError when the
-    folder is no run, a fold is not finished or a device is not there.
+    averaged. `precision`: None = as in training, which under auto is what it chose by measurement on this kind of
+    device, and elsewhere the usual one; auto = the device's usual one. `devices`: like ["cuda:0", "cuda:1"], a worker
+    process for each when there are several; None = every visible GPU, the first alone for few texts. `batch_tokens`:
+    most padded tokens of a batch; None = 8192 on a GPU, 2048 on a CPU. `fallback`: stop or cpu, see `open_runtime`.
+    Raises ValueError when the folder is no run, a fold is not finished or a device is not there.
     """
     if batch_tokens is not None and batch_tokens < 1:
         raise ValueError(f"batch_tokens {batch_tokens}: at least 1 is needed")
@@ -301,13 +303,27 @@ def load(
             f"{path}: fold {', '.join(map(str, absent)) or 'none'} is not finished; finished: "
             f"{', '.join(map(str, finished))}"
         )
+    manifest = read_json(folder.manifest, "classes", "fingerprints", "commit")
     wanted = precision or config.training.precision
     runtimes = [open_runtime(wanted, device, fallback=fallback) for device in devices or visible_devices()]
+    if precision is None and wanted == "auto":
+        runtimes = [_as_trained(one, manifest.get("kernels")) for one in runtimes]
     if devices is None:  # of GPUs without kernels one CPU is left
         runtimes = [one for one in runtimes if one.device.type != "cpu"] or runtimes[:1]
     if folder.classical.exists() and weights == "averaged":
         raise ValueError(f"{path} is a classical run and has no averaged weights; use --weights best")
     loaded = LoadedClassical if folder.classical.exists() else LoadedRun
-    classes = read_json(folder.manifest, "classes", "fingerprints", "commit")["classes"]
     few = FEW if devices is None else 0
-    return loaded(folder, config, classes, chosen, weights, tuple(runtimes), batch_tokens, few)
+    return loaded(folder, config, manifest["classes"], chosen, weights, tuple(runtimes), batch_tokens, few)
+
+
+def _as_trained(runtime: Runtime, kernels: Any) -> Runtime:
+    """Return a runtime in the precision that training chose under auto, on the same kind of device; else as it is.
+
+    `kernels`: what the manifest holds of that choice; a run made before there was one has none.
+    """
+    if not isinstance(kernels, dict) or kernels.get("precision") not in ("bf16", "fp16", "fp32"):
+        return runtime
+    # A CPU's name ends with its threads, which may differ.
+    known, here = (str(name).split(",")[0] for name in (kernels.get("device"), device_name(runtime.device)))
+    return replace(runtime, precision=kernels["precision"]) if known == here else runtime

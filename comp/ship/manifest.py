@@ -89,7 +89,10 @@ def check_files(folder: Path, manifest: dict[str, Any], *, uploaded: bool = Fals
 
 
 def find_bundle(root: Path, content: str) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of the one bundle under `root` with this content, its files checked, and its manifest."""
+    """Return the folder of the one bundle under `root` with this content, its files checked, and its manifest.
+
+    `content`: the digest that the notebook was made with. Raises ValueError when it is not there, or was changed.
+    """
     others = []
     for path in places(root, "MANIFEST.json"):
         try:

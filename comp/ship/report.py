@@ -33,7 +33,10 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Write a page as `path`, and each picture as NAME.png in a folder named like it without the ending."""
+    """Write a page as `path`, and each picture as NAME.png in a folder named like it without the ending.
+
+    Raises ValueError for a path without an ending, and when Matplotlib is absent.
+    """
     folder, drawn = path.with_suffix(""), {}
     if folder == path:
         raise ValueError(f"--out {path}: name it with an ending, like {path}.html; pictures go to {path}/")

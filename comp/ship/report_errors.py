@@ -84,7 +84,7 @@ def _interval_picture(name: str, title: str, parts: Sequence[Part], kind: str, l
     data = {
         "names": [part.name for part in parts],
         "values": [part.mean for part in parts],
-        "low": [part.mean - part.margin for part in parts],
+        "low": [max(0.0, part.mean - part.margin) for part in parts],  # no error is below 0
         "high": [part.mean + part.margin for part in parts],
         "label": f"mean {kind}",
         "title": title.split(";")[0].split(" (")[0],
@@ -132,7 +132,8 @@ def worst_panel(run: RunRecord) -> Panel:
         ]
         rows.append(cells if texts is None else [*cells, Long(texts[place])])
     title = f"the {len(rows)} rows with the largest {ERRORS[task.kind]} in {task.name}, best weights"
-    return Panel("worst", "Worst rows", [Grid("worst-rows", title, heads, rows)])
+    said = (3, 4) if task.kind == "multiclass" else ()  # names of classes, which may be long
+    return Panel("worst", "Worst rows", [Grid("worst-rows", title, heads, rows, words=said)])
 
 
 def _said(task: Task, target: Floats, pred: Floats, outputs: Sequence[str]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from comp.catalog import pick
 from comp.ship.report_page import Picture
 
-__all__ = ["PICTURES", "Drawn", "draw", "need_matplotlib"]
+__all__ = ["PICTURES", "Drawn", "draw", "need_matplotlib", "shortened"]
 
 Figure: TypeAlias = Any  # of Matplotlib, which is imported inside functions only
 Axes: TypeAlias = Any
@@ -29,9 +29,11 @@ BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK = (
 GREY, PALE = "#57606a", "#d5dae0"
 FOLD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK)
 DASHES = ("solid", "dashed", "dotted", "dashdot")
-MOST_CELLS, MOST_NUMBERED = 40, 14  # classes of a confusion matrix: drawn at all, with counts
+MOST_NUMBERED = 14  # classes of a confusion matrix whose counts are written into it
 SMALL, WIDE = (4.9, 3.5), (10.4, 3.6)  # inches; 96 CSS pixels each
 DPI = 160
+CROSS: dict[str, Any] = {"marker": "x", "markersize": 6, "markeredgewidth": 1.3, "linestyle": "none"}
+RING: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.4}
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -61,6 +63,8 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawn:
+    """A picture in both forms, and its size in the page."""
+
     svg: bytes
     png: bytes
     width: int
@@ -120,7 +124,7 @@ def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -
     scored = any(fold["valid"][0] for fold in folds)
     figure.set_size_inches(*(WIDE if scored else SMALL))
     axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-    marked = False
+    marked = estimated = False
     for place, fold in enumerate(folds):
         look = _line(place)
         if scored:
@@ -128,11 +132,10 @@ def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -
             dots = {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(~guessed).tolist()}
             axes[0].plot(*fold["valid"], label=fold["name"], **dots, **look)
             if guessed.any():
-                crosses = {"marker": "x", "markersize": 4, "linestyle": "none", "color": look["color"]}
-                axes[0].plot(*(np.asarray(values)[guessed] for values in fold["valid"]), **crosses)
+                estimated = True
+                axes[0].plot(*(np.asarray(values)[guessed] for values in fold["valid"]), color=look["color"], **CROSS)
             if fold.get("chosen"):
-                ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.4}
-                axes[0].plot(*fold["chosen"], color=look["color"], **ring)
+                axes[0].plot(*fold["chosen"], color=look["color"], **RING)
             if fold.get("averaged"):
                 marked = True
                 diamond = {"marker": "D", "markersize": 6, "markeredgecolor": "white", "linestyle": "none"}
@@ -144,16 +147,28 @@ def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -
         _fit_scores(axes[0], [score for fold in folds for score in fold["valid"][1]])
     axes[-1].set_title("training loss, means of up to 10 steps")
     for one in axes:
-        one.set_xlabel("optimizer step")
-        one.set_xlim(left=0)
+        _over_steps(one)
     handles, labels = axes[0].get_legend_handles_labels()
     if scored:
         ring = axes[0].plot([], [], "o", color=GREY, markersize=9, markerfacecolor="none")[0]
         handles, labels = [*handles, ring], [*labels, "chosen"]
+        if estimated:
+            cross = axes[0].plot([], [], color=GREY, **CROSS)[0]
+            handles, labels = [*handles, cross], [*labels, "estimate"]
         if marked:
             diamond = axes[0].plot([], [], "D", color=GREY, markersize=6)[0]
             handles, labels = [*handles, diamond], [*labels, "averaged weights"]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9 if scored else 4))
+
+
+def _over_steps(axes: Axes) -> None:
+    """Count optimizer steps from 0 along the bottom, with room for the mark at the last one."""
+    from matplotlib.ticker import MaxNLocator
+
+    last = max((float(np.max(line.get_xdata())) for line in axes.get_lines() if len(line.get_xdata())), default=1.0)
+    axes.set_xlabel("optimizer step")
+    axes.set_xlim(0, 1.04 * max(last, 1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
 
 
 def _fit_scores(axes: Axes, scores: Sequence[float]) -> None:
@@ -170,16 +185,22 @@ def _fit_scores(axes: Axes, scores: Sequence[float]) -> None:
 
 
 def auxiliary(figure: Figure, *, tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Validation scores of the auxiliary tasks over optimizer steps; a task has name, metric and folds."""
+    """Validation scores of the auxiliary tasks over optimizer steps; a task has name, metric and folds.
+
+    A fold has name, valid (steps, scores), and where there is such `chosen`, the (step, score) of what was kept.
+    """
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure.set_size_inches(*(SMALL if len(tasks) == 1 else (WIDE[0], 3.2 * rows)))
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, task in zip(grid, tasks, strict=False):
         for place, fold in enumerate(task["folds"]):
-            axes.plot(*fold["valid"], marker="o", markersize=3, label=fold["name"], **_line(place))
+            look = _line(place)
+            axes.plot(*fold["valid"], marker="o", markersize=3, label=fold["name"], **look)
+            if fold.get("chosen"):
+                axes.plot(*fold["chosen"], color=look["color"], **RING)
         axes.set_title(f"{task['name']}: {task['metric']}")
-        axes.set_xlabel("optimizer step")
+        _over_steps(axes)
     for axes in grid[len(tasks) :]:
         axes.set_axis_off()
     handles, labels = grid[0].get_legend_handles_labels()
@@ -203,9 +224,8 @@ def rates(
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
     axes.set_ylim(bottom=min(peak for _, peak in groups) / 50)  # the end of a fall to 0 would take half the axis
-    axes.set_xlabel("optimizer step")
     axes.set_title("learning rate")
-    axes.set_xlim(left=0)
+    _over_steps(axes)
     few = len(groups) <= 9
     handles, labels = axes.get_legend_handles_labels()
     keep = range(len(labels)) if few else [0, 1, len(labels) // 2, len(labels) - 1]
@@ -254,7 +274,7 @@ def scatter(figure: Figure, *, columns: Sequence[tuple[str, NDArray[np.float64],
 def reliability(figure: Figure, *, columns: Sequence[Mapping[str, Any]]) -> None:
     """Share of ones over predicted probability, in bins; below, how many rows have which probability.
 
-    A column has name, predicted, actual, margin (per bin), and ones, zeros: the predictions of either.
+    A column has name, predicted, actual, low, high (per bin), and ones, zeros: the predictions of either.
     """
     across = min(3, len(columns))
     down = -(-len(columns) // across)
@@ -268,8 +288,9 @@ def reliability(figure: Figure, *, columns: Sequence[Mapping[str, Any]]) -> None
             continue
         column = columns[place]
         upper.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="dashed")
+        bars = np.array([column["actual"] - column["low"], column["high"] - column["actual"]])
         upper.errorbar(
-            column["predicted"], column["actual"], yerr=column["margin"], fmt="o-", color=BLUE, markersize=4,
+            column["predicted"], column["actual"], yerr=np.maximum(bars, 0), fmt="o-", color=BLUE, markersize=4,
             elinewidth=1, capsize=2,
         )  # fmt: skip
         upper.set(xlim=(0, 1), ylim=(0, 1), title=column["name"], ylabel="share of ones")
@@ -283,26 +304,42 @@ def reliability(figure: Figure, *, columns: Sequence[Mapping[str, Any]]) -> None
         lower.margins(y=0.45)
 
 
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Return names of at most `most` characters, cut at the end, or in the middle where else two would look alike.
+
+    Names that stay alike even so, and all of `most` below 8, get their number in front.
+    """
+    dots = "\N{HORIZONTAL ELLIPSIS}"
+    head = (most - 1) // 2
+    short = [name if len(name) <= most else f"{name[: most - 1]}{dots}" for name in names]
+    for place, name in enumerate(names):
+        if len(name) > most and short.count(short[place]) > 1:
+            short[place] = f"{name[:head]}{dots}{name[head + 1 - most :]}"
+    alike = {name for name in short if short.count(name) > 1}
+    return [f"{place + 1} {name}"[:most] if name in alike else name for place, name in enumerate(short)]
+
+
 def confusion(figure: Figure, *, counts: NDArray[np.int64], names: Sequence[str], what: str) -> None:
     """Counts (C, C), true class by predicted one; the shade is the share of the true class."""
-    most = int(min(len(names), MOST_CELLS))
-    counts, names = counts[:most, :most], list(names)[:most]
-    side = min(9.0, max(2.9, 0.52 * most + 1.4))
-    figure.set_size_inches(side + 1.2, side)
-    axes = figure.subplots()
+    num = len(names)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    short = shortened(names, 28 if num <= MOST_NUMBERED else 16)
+    longest = max(map(len, short))
+    cells, words = min(7.5, max(1.8, 0.5 * num)), 0.075 * longest  # inches
+    turned = words + 0.1 > cells / num
+    figure.set_size_inches(cells + words + 1.7, cells + (words if turned else 0.2) + 0.6)
+    figure.set_layout_engine("compressed")  # "constrained" cuts labels beside axes of a fixed aspect
+    axes = figure.subplots()
     from matplotlib.colors import LinearSegmentedColormap
 
     shades = LinearSegmentedColormap.from_list("shades", ["#ffffff", "#b9d6ea", BLUE, "#00304f"])
     image = axes.imshow(share, cmap=shades, vmin=0, vmax=1)
-    if most <= MOST_NUMBERED:
+    if num <= MOST_NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if share[row, column] > 0.5 else INK
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour, size=8)
-    short = [name if len(name) <= 16 else f"{name[:15]}\N{HORIZONTAL ELLIPSIS}" for name in names]
-    turned = 90 if most > 8 or max(map(len, short)) > 9 else 0
-    axes.set_xticks(range(most), short, rotation=turned)
-    axes.set_yticks(range(most), short)
+    axes.set_xticks(range(num), short, rotation=90 if turned else 0)
+    axes.set_yticks(range(num), short)
     axes.set(xlabel=f"predicted {what}", ylabel=f"true {what}")
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -332,8 +369,7 @@ def intervals(
     axes.errorbar(values, places, xerr=np.maximum(spans, 0), fmt="o", color=BLUE, markersize=5, elinewidth=1.2)
     if line is not None:
         axes.axvline(line, color=GREY, linewidth=1, linestyle="dashed")
-    short = [name if len(name) <= 26 else f"{name[:25]}\N{HORIZONTAL ELLIPSIS}" for name in names]
-    axes.set_yticks(places, short)
+    axes.set_yticks(places, shortened(names, 26))
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set(xlabel=label, title=title)
@@ -373,32 +409,33 @@ def spreads(figure: Figure, *, folds: Sequence[str], values: Sequence[NDArray[np
 
 def shares(figure: Figure, *, folds: Sequence[str], names: Sequence[str], values: NDArray[np.float64]) -> None:
     """Share (folds, classes) of each class in each fold, a line of dots a class."""
-    most = min(len(names), 12)
-    figure.set_size_inches(SMALL[0], max(1.9, 0.3 * most + 1.5))
+    figure.set_size_inches(SMALL[0], max(1.9, 0.3 * len(names) + 1.5))
     axes = figure.subplots()
     for place, fold in enumerate(folds):
         look = _line(place)
-        axes.plot(values[place, :most], np.arange(most), "o", color=look["color"], markersize=5, alpha=0.8, label=fold)
-    short = [name if len(name) <= 24 else f"{name[:23]}\N{HORIZONTAL ELLIPSIS}" for name in names[:most]]
-    axes.set_yticks(range(most), short)
-    axes.set_ylim(most - 0.5, -0.5)
+        axes.plot(values[place], np.arange(len(names)), "o", color=look["color"], markersize=5, alpha=0.8, label=fold)
+    axes.set_yticks(range(len(names)), shortened(names, 26))
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set(xlabel="share of the fold's rows", title="classes by fold")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def times(figure: Figure, *, folds: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
-    """Seconds of each fold, by what they went to."""
+    """Seconds of each fold, by what they went to; told in minutes or hours where they are many."""
     figure.set_size_inches(SMALL[0], max(1.9, 0.34 * len(folds) + 1.3))
     axes = figure.subplots()
+    longest = float(np.sum([list(seconds) for seconds in parts.values()], axis=0).max())
+    unit, length = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60) if longest > 300 else ("seconds", 1)
     left = np.zeros(len(folds))
     for (name, seconds), colour in zip(parts.items(), (BLUE, ORANGE, PALE), strict=False):
-        axes.barh(range(len(folds)), seconds, left=left, color=colour, label=name, height=0.62)
-        left += np.asarray(seconds)
+        spans = np.asarray(seconds) / length
+        axes.barh(range(len(folds)), spans, left=left, color=colour, label=name, height=0.62)
+        left += spans
     axes.set_yticks(range(len(folds)), list(folds))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel="seconds", title="where the time went")
+    axes.set(xlabel=unit, title="where the time went")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 

@@ -33,6 +33,7 @@ __all__ = [
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHOWN, MOST = 320, 6000  # characters of a long text that stand open, and at all
 MOST_MARKED = 15  # parts of a marked text that show their weight in a terminal without colours
+LEGIBLE = 620  # CSS pixels: a wider picture loses its words on a telephone
 TERMINAL, MOST_ROWS = 100, 40  # in a terminal: characters of a text cell, rows of a table that is closed in the page
 
 
@@ -57,6 +58,8 @@ class Grid:
     rows: Sequence[Sequence[Cell]]
     left: int = 1
     """Columns from the left that are words; the others are numbers."""
+    words: Sequence[int] = ()
+    """Places of further columns that are words."""
     folded: bool = False
     """In the page, closed until clicked: the numbers of a picture."""
     strong: Sequence[int] = ()
@@ -117,6 +120,8 @@ Block: TypeAlias = Grid | Picture | Note | Lines | Tiles | Marked
 
 @dataclass(frozen=True)
 class Panel:
+    """A section of a page: `name` is its id, `title` its heading."""
+
     name: str
     title: str
     blocks: Sequence[Block]
@@ -124,6 +129,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Page:
+    """A whole page: its heading, a line about it, and its sections, the first without a heading of its own."""
+
     title: str
     about: str
     panels: Sequence[Panel]
@@ -166,7 +173,8 @@ caption { text-align: left; font-weight: 600; padding-bottom: 4px; caption-side:
 th, td { padding: 3px 14px 3px 0; text-align: right; vertical-align: top; white-space: nowrap; }
 th { font-weight: 500; color: #57606a; border-bottom: 1px solid #aeb6c0; vertical-align: bottom; }
 td { border-bottom: 1px solid #edf0f3; }
-th.word, td.word { text-align: left; white-space: normal; overflow-wrap: break-word; max-width: 44em; }
+th.word, td.word { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 4em;
+  max-width: 44em; }
 td.word.long { min-width: 380px; max-width: none; overflow-wrap: anywhere; unicode-bidi: isolate;
   white-space: pre-line; font-size: 13.5px; }
 p.marked { max-width: none; line-height: 1.9; white-space: pre-line; overflow-wrap: anywhere; unicode-bidi: isolate; }
@@ -180,6 +188,8 @@ details { margin: 6px 0; } summary { cursor: pointer; color: #0a5c91; font-size:
 td details { margin: 2px 0 0; }
 pre { font: 12.5px/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; background: #f6f8fa;
   padding: 10px 12px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0; }
+@media (max-width: 640px) { body { padding: 16px 14px 32px; } td.word.long { min-width: 240px; }
+  figure.wide { overflow-x: auto; } figure.wide img { max-width: none; } figure.wide figcaption { max-width: 90vw; } }
 @page { margin: 14mm; }
 @media print { body { padding: 0; max-width: none; font-size: 10.5pt; } nav { display: none; }
   figure, tr, .tile, p { break-inside: avoid; } h2 { break-after: avoid; } table { font-size: 9pt; }
@@ -232,8 +242,10 @@ def _panel_html(panel: Panel, drawn: Mapping[str, tuple[bytes, int, int]], *, fi
 def _picture_html(picture: Picture, svg: bytes, width: int, height: int) -> str:
     data = base64.b64encode(svg).decode("ascii")
     about = _html(picture.about)
+    wide = ' class="wide"' if width > LEGIBLE else ""  # on a telephone, moved sideways rather than shrunk to a stamp
     return (
-        f'<figure id="{escape(picture.name)}" style="width: {width}px"><img src="data:image/svg+xml;base64,{data}" '
+        f'<figure id="{escape(picture.name)}"{wide} style="width: {width}px">'
+        f'<img src="data:image/svg+xml;base64,{data}" '
         f'width="{width}" height="{height}" alt="{about}"><figcaption>{about}</figcaption></figure>'
     )
 
@@ -305,7 +317,8 @@ def _long_html(text: str) -> str:
 def _word_columns(grid: Grid) -> list[bool]:
     """Return which columns hold words, and stand to the left."""
     return [
-        place < grid.left or any(isinstance(row[place], Long) for row in grid.rows) for place in range(len(grid.heads))
+        place < grid.left or place in grid.words or any(isinstance(row[place], Long) for row in grid.rows)
+        for place in range(len(grid.heads))
     ]
 
 

@@ -16,13 +16,14 @@ from comp.runs import read_json
 from comp.ship.report_errors import errors_panel, worst_panel
 from comp.ship.report_page import Block, Grid, Lines, Note, Page, Panel, Picture, Tiles, number
 from comp.ship.report_run import FoldLog, RunRecord, fold_name
-from comp.ship.report_tasks import prediction_blocks
+from comp.ship.report_tasks import most_common, prediction_blocks
 from comp.training.oof import FLATTERY_UNKNOWN
 
 __all__ = ["report_page"]
 
 BARS = "▁▂▃▄▅▆▇█"
 MOST_BARS = 60
+MOST_SHARES = 12  # classes whose shares are drawn fold by fold
 
 
 def report_page(run: RunRecord) -> Page:
@@ -174,6 +175,8 @@ def _training(run: RunRecord) -> Panel:
     about = "Every evaluation is a dot, the chosen one is ringed" if any(log.valid for log in logs) else "Training loss"
     if any(any(fold["estimated"]) for fold in folds):
         about += "; crosses are estimates from some of the rows"
+    if len(run.config.tasks) > 1:
+        about += "; the training loss is the weighted sum of all tasks' losses"
     blocks: list[Block] = [Picture("curves", about, "curves", {"folds": folds, "metric": metric}, words)]
     blocks += _auxiliary(run, logs)
     blocks += _rates(run, logs[0])
@@ -203,11 +206,12 @@ def _auxiliary(run: RunRecord, logs: Sequence[FoldLog]) -> list[Block]:
         for log in logs:
             lines = [line for line in log.valid if line.get(f"valid/{task.name}") is not None]
             if lines:
-                found = [line["step"] for line in lines], [line[f"valid/{task.name}"] for line in lines]
-                folds.append({"name": fold_name(log.fold), "valid": found})
+                steps, scores = [line["step"] for line in lines], [line[f"valid/{task.name}"] for line in lines]
+                kept = (log.chosen, scores[steps.index(log.chosen)]) if log.chosen in steps else None
+                folds.append({"name": fold_name(log.fold), "valid": (steps, scores), "chosen": kept})
         if folds:
             tasks.append({"name": task.name, "metric": run.config.metric_of(task), "folds": folds})
-    about = "The auxiliary tasks; the first task alone chooses the evaluation that is kept"
+    about = "The auxiliary tasks; the first task alone chooses the evaluation that is kept, which is ringed"
     return [Picture("auxiliary", about, "auxiliary", {"tasks": tasks})] if tasks else []
 
 
@@ -268,7 +272,11 @@ def _balance_picture(run: RunRecord, task: Task) -> Picture | None:
         labels = run.classes[task.name]
         codes = [float(label) for label in labels] if task.kind == "ordinal" else range(len(labels))
         values = [np.array([(part[:, 0] == code).mean() for code in codes]) for part in parts]
-    shown: dict[str, Any] = {"folds": names, "names": list(labels), "values": np.array(values)}
+    table = np.array(values)
+    drawn = most_common(table.mean(axis=0), MOST_SHARES)
+    if len(drawn) < len(labels):
+        about += f"; the {len(drawn)} most frequent of {len(labels):,}"
+    shown: dict[str, Any] = {"folds": names, "names": [labels[k] for k in drawn], "values": table[:, drawn]}
     return Picture("balance-picture", about, "shares", shown)
 
 

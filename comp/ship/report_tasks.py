@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from comp.config import Task
 from comp.metrics import evaluate_known
 from comp.ship.report_page import Block, Grid, Note, Picture
+from comp.ship.row_errors import NORMAL_95
 
-__all__ = ["confusion_counts", "prediction_blocks", "reliability_bins"]
+__all__ = ["confusion_counts", "most_common", "prediction_blocks", "reliability_bins", "share_interval"]
 
 Floats = NDArray[np.float64]
 NUM_BINS = 10
 MOST_PANELS = 9  # columns of a task that get a picture
 MOST_PAIRS = 10
+MOST_CLASSES = 40  # of a confusion matrix, and of a table that stands open
 
 
 def prediction_blocks(
@@ -105,6 +107,17 @@ def reliability_bins(targets: Floats, preds: Floats, num_bins: int = NUM_BINS) -
     return [(len(rows), float(preds[rows].mean()), float(targets[rows].mean())) for rows in parts if len(rows)]
 
 
+def share_interval(shares: Floats, counts: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Return the ends (B,), (B,) of the 95% interval of shares (B,) of `counts` rows (B,), within 0..1 (Wilson 1927).
+
+    Unlike the normal one it has a width at shares of 0 and 1, where few rows say little.
+    """
+    middle = (shares + NORMAL_95**2 / (2 * counts)) / (1 + NORMAL_95**2 / counts)
+    half = np.sqrt(shares * (1 - shares) / counts + NORMAL_95**2 / (4 * counts**2)) * NORMAL_95
+    half = half / (1 + NORMAL_95**2 / counts)
+    return middle - half, middle + half
+
+
 def _probabilities(task: Task, targets: Floats, preds: Floats, outputs: Sequence[str]) -> list[Block]:
     columns: list[dict[str, Any]] = []
     rows, bins_shown = [], []
@@ -117,7 +130,7 @@ def _probabilities(task: Task, targets: Floats, preds: Floats, outputs: Sequence
                 "name": name,
                 "predicted": predicted,
                 "actual": actual,
-                "margin": 1.96 * np.sqrt(actual * (1 - actual) / counts),
+                **dict(zip(("low", "high"), share_interval(actual, counts), strict=True)),
                 "ones": pred[target >= 0.5],
                 "zeros": pred[target < 0.5],
             }
@@ -160,6 +173,11 @@ def confusion_counts(truth: NDArray[np.int64], guess: NDArray[np.int64], num_cla
     return flat.reshape(num_classes, num_classes).astype(np.int64)
 
 
+def most_common(counts: NDArray[Any], most: int) -> NDArray[np.int64]:
+    """Return the places of the `most` largest of (C,) counts, in their own order; all of them where there are fewer."""
+    return np.sort(np.argsort(-counts, kind="stable")[:most]).astype(np.int64)
+
+
 def _classes(task: Task, targets: Floats, preds: Floats, labels: Sequence[str]) -> list[Block]:
     num = len(labels)
     soft = task.kind == "multiclass" and targets.shape[1] > 1
@@ -188,9 +206,15 @@ def _classes(task: Task, targets: Floats, preds: Floats, labels: Sequence[str]) 
     confused = [
         [labels[a], labels[b], f"{off[a, b]:,}", f"{off[a, b] / counts[a].sum():.1%}"] for a, b in pairs if off[a, b]
     ]
+    drawn = most_common(counts.sum(axis=1), MOST_CLASSES)
+    if len(drawn) < num:
+        about += f"; the {len(drawn)} most frequent of {num:,}"
+    names = [labels[place] for place in drawn]
+    data = {"counts": counts[np.ix_(drawn, drawn)], "names": names, "what": what}
+    title = f"each {what}"
     return [
-        Picture(f"confusion-{task.name}", about, "confusion", {"counts": counts, "names": list(labels), "what": what}),
-        Grid(f"classes-{task.name}", "", heads, rows),
+        Picture(f"confusion-{task.name}", about, "confusion", data),
+        Grid(f"classes-{task.name}", title if num > MOST_CLASSES else "", heads, rows, folded=num > MOST_CLASSES),
         Grid(
             f"confused-{task.name}",
             "most often confused",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from comp.metrics import CLIP
 
-__all__ = ["ERRORS", "Part", "length_bins", "mean_errors", "row_errors"]
+__all__ = ["ERRORS", "NORMAL_95", "Part", "length_bins", "mean_errors", "row_errors"]
 
 Floats = NDArray[np.float64]
 NORMAL_95 = 1.96

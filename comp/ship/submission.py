@@ -6,6 +6,7 @@ Tables are read as text, so that ids such as "007" stay what they are. N rows, K
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "check_path",
     "read_submission",
     "score_submission",
+    "strange_labels",
     "validate_submission",
     "write_submission",
 ]
@@ -98,6 +100,36 @@ def _classes(task: Task, classes: Sequence[Any] | None) -> list[str]:
     return [str(label) for label in classes or ()]
 
 
+def _written_as(labels: Sequence[str], cells: Sequence[str]) -> list[str]:
+    """Return labels as the sample's cells write them: the "3.0" of a training table is the sample's "3".
+
+    As they are where a cell is one of them, and where not all of both are whole numbers.
+    """
+    numbers = parse_numbers(pd.Series(list(labels), dtype=object))[0]
+    if set(labels) & set(cells) or not np.all(numbers == np.floor(numbers)) or not cells:
+        return list(labels)
+    for form, end in ((r"-?\d+", ""), (r"-?\d+\.0", ".0")):
+        written = [f"{int(number)}{end}" for number in numbers]
+        if all(re.fullmatch(form, cell) for cell in cells) and len(set(written)) == len(labels):
+            return written
+    return list(labels)
+
+
+def strange_labels(sample: pd.DataFrame, *, id_column: str, task: Task, classes: Sequence[Any] | None) -> str | None:
+    """Return a warning where the sample's one column of labels holds none of the classes; None where all is well."""
+    labels = _classes(task, classes)
+    columns, as_labels = _layout(sample, id_column, task, labels)
+    cells = list(dict.fromkeys(sample[columns[0]])) if as_labels else []
+    if not cells or set(labels) & set(cells):
+        return None
+    if not any(parse_numbers(pd.Series(texts, dtype=object))[2].any() for texts in (labels, cells)):
+        return None  # numbers all: 0 stands for none
+    return (
+        f"the sample submission's column '{columns[0]}' holds {_some(cells)}, none of the labels {_some(labels)} that "
+        "are predicted; labels are written as the training table has them: see what the competition's page wants"
+    )
+
+
 def _whole_numbers(sample: pd.DataFrame, columns: Sequence[str]) -> bool:
     """Return whether every value of the sample's prediction columns is a whole number."""
     values = np.stack([parse_numbers(sample[name])[0] for name in columns])
@@ -137,10 +169,10 @@ def build_submission(
 
     `sample` is read as text (`read_submission`); `values` (N, K) are decoded predictions of `ids`, (N, C) for
     multiclass with `classes` in index order. Regression, binary and multilabel fill the columns named as the
-    targets (a single column may be named otherwise). Multiclass: a single column gets the likeliest label,
-    else one column per label gets its probability. Ordinal: rounded to the grade where the sample holds whole
-    numbers, and clipped to the range of `classes` when given. Raises ValueError when ids, columns or values
-    do not fit.
+    targets (a single column may be named otherwise). Multiclass: a single column gets the likeliest label, whole
+    numbers written as the sample writes them ("3", not "3.0"), else one column per label gets its probability.
+    Ordinal: rounded to the grade where the sample holds whole numbers, and clipped to the range of `classes` when
+    given. Raises ValueError when ids, columns or values do not fit.
     """
     labels = _classes(task, classes)
     columns, as_labels = _layout(sample, id_column, task, labels)
@@ -155,7 +187,8 @@ def build_submission(
     filled: dict[str, Any] = {id_column: wanted}
     for name in columns:
         if as_labels:
-            filled[name] = [labels[k] for k in table.argmax(axis=1)]
+            written = _written_as(labels, sample[name].tolist())
+            filled[name] = [written[k] for k in table.argmax(axis=1)]
         else:
             # a single column may be called otherwise in the sample
             column = table[:, names.index(name) if len(columns) > 1 else 0]
@@ -224,6 +257,7 @@ def validate_submission(
         raise ValueError(f"{what} has the sample's ids in another order; sort the rows as in the sample")
     if as_labels:
         given = dict.fromkeys(str(label) for label in frame[columns[0]])
+        labels = _written_as(labels, sample[columns[0]].tolist())
         if unknown := [label for label in given if label not in labels]:
             raise ValueError(
                 f"{what}: column '{columns[0]}' has unknown labels {_some(unknown)}; allowed: {_some(labels, 20)}"

@@ -112,6 +112,10 @@ def open_frozen(
 
 
 def build_fold_groups(config: Config, model: TextModel, fresh: list[nn.Parameter]) -> list[ParameterGroup]:
+    """Return the parameter groups of a fold's model by the config's rates, decay and layout.
+
+    `fresh`: parameters that were drawn anew, which no pretrained value pulls at. Raises ValueError as `build_groups`.
+    """
     return build_groups(
         model,
         depth_of=model.depth_of,
@@ -126,6 +130,7 @@ def build_fold_groups(config: Config, model: TextModel, fresh: list[nn.Parameter
 
 
 def build_fold_optimizer(config: Config, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    """Return the config's optimizer over the groups, its rates being theirs. Raises ValueError as `build_optimizer`."""
     own = config.optimizer.model_dump(exclude={"lr", "head_lr", "weight_decay", "clip_norm"})
     return build_optimizer(groups=groups, **own)
 
@@ -175,6 +180,9 @@ def build_adversary(config: Config, model: TextModel) -> NoAdversary:
 
 
 def build_supcon(config: Config, table: Table, training: NDArray[np.int64]) -> SupCon | None:
-    """Build the contrastive term of the first task; its kernel is as wide as the training targets say."""
+    """Build the contrastive term of the first task; its kernel is as wide as the targets of the training rows (M,) say.
+
+    None where its weight is 0.
+    """
     first, chosen = config.tasks[0], config.stability.supcon
     return SupCon(first.kind, table.targets[first.name][training], **chosen.model_dump()) if chosen.weight else None

@@ -101,6 +101,7 @@ class Cluster:
 
 
 def find_ray() -> Any:
+    """Return the module ray, told to count nobody's use. Raises ValueError where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # or of lines that are alike in two folds one is lost
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or Ray warns of a change to come

@@ -64,7 +64,10 @@ def check_compiler(runtime: Runtime) -> None:
 def compile_backbone(
     model: TextModel, parts: Parts, rows: NDArray[np.int64], *, backend: str = "inductor"
 ) -> CompileReport:
-    """Compile the training passes of the backbone; `rows` are those of the longest batch. Draws no random number."""
+    """Compile the training passes of the backbone; `rows` (M,) are those of the longest batch.
+
+    Draws no random number, moves no weight.
+    """
     random, was_training = random_state(), model.training
     model.train()
     shorter = rows[-max(2, len(rows) // 2) :]

@@ -266,5 +266,6 @@ def score_run(folder: RunFolder, config: Config, table: Table, say: Say) -> oof.
     elif flatters is None and config.evaluation.decide != "full":
         say(oof.FLATTERY_UNKNOWN.format(config.evaluation.decide))
     if missing:
-        say(f"out-of-fold scores so far: folds {', '.join(map(str, missing))} are not trained yet")
+        which = f"fold {missing[0]} is" if len(missing) == 1 else f"folds {', '.join(map(str, missing))} are"
+        say(f"out-of-fold scores so far: {which} not trained yet")
     return first

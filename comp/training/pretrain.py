@@ -57,6 +57,12 @@ from comp.training.trainer import Parts, Stopped, TrainState, fit
 
 __all__ = ["pretrain"]
 
+REMEDY = (
+    "a lower pretrain.lr or pretrain.head_lr, a longer warm-up (pretrain.schedule.warmup_percent), optimizer.clip_norm "
+    "1.0 or training.precision fp32"
+)
+"""What to do about a training that is not finite: the rates of the section optimizer are not used here."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -264,6 +270,7 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
         clip_norm=config.optimizer.clip_norm,
         patience=options.patience,
         whole_batch="pretrain.objective simcse" if simcse else None,
+        remedy=REMEDY,
         largest=longest_window(np.arange(stage.num_rows), lesson.encoded.lengths, **sizes) if on_gpu else None,
     )
     what = "blocks" if isinstance(options.objective, MLM) and options.objective.packing else "texts"

@@ -105,7 +105,11 @@ def build_stages(
     test: Table | None,
     fold: int | None,
 ) -> tuple[list[Stage], Folding | None]:
-    """Return the stages, and the folds where one is asked for; nothing is written."""
+    """Return the stages, and the folds where one is asked for; nothing is written.
+
+    `fold`: whose training rows alone are read of the competition; None = all. Raises ValueError when a corpus cannot be
+    read or is too small, the fold file does not fit, or the backbone has read held-out texts.
+    """
     folding, training = None, None
     if fold is not None:
         folding = get_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)

@@ -34,6 +34,13 @@ Rows = NDArray[np.int64]
 Outputs = dict[str, torch.Tensor]
 
 
+REMEDY = (
+    "a lower optimizer.lr or optimizer.head_lr, a longer warm-up (schedule.warmup_percent), optimizer.clip_norm 1.0 or "
+    "training.precision fp32; and look for extreme targets in the data"
+)
+"""What to do about a training that is not finite, unless `Parts` says otherwise."""
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or the gradient became NaN or infinite; training cannot go on."""
 
@@ -153,6 +160,8 @@ class Parts:
     """The window that takes most memory, to be tried after the first step; None = not tried."""
     ranks: OneRank = ALONE
     """The processes that share this fold."""
+    remedy: str = REMEDY
+    """What to try when loss or gradient is not finite, in the keys of the config that rule this training."""
     blame: Callable[[Rows, dict[str, float]], str] = lambda rows, about: ""
     """Keep the rows of a step that is not finite, and return words that name them."""
 
@@ -315,7 +324,7 @@ def _score(parts: Parts, state: TrainState, pulse: _Pulse, ends: bool) -> float:
     out_of_patience = parts.patience is not None and state.evaluations_since_best + 1 >= parts.patience
     found = parts.evaluate(state.best_score, ends or out_of_patience)
     if not math.isfinite(found.score):
-        raise NonFiniteError(_advice(state.step, "the held-out predictions are not finite", pulse.lr))
+        raise NonFiniteError(_told(parts, state.step, "the held-out predictions are not finite", pulse.lr))
     state.num_evaluations += 1
     state.last_score, state.last_eval_step, state.best_score = found.score, state.step, found.best
     parts.averager.evaluated(state.step, found.score)
@@ -387,7 +396,7 @@ class _Pulse:
         if not math.isfinite(loss) or not (self.scaled or math.isfinite(norm)):
             about = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr}
             named = self.parts.blame(np.concatenate(window), about) if window else ""
-            raise NonFiniteError(_advice(step, f"loss {loss}, gradient norm {norm}{named}", lr))
+            raise NonFiniteError(_told(self.parts, step, f"loss {loss}, gradient norm {norm}{named}", lr))
 
     def show(self, steps: int = 0) -> None:
         """Move the progress line by `steps`; without, only bring its best score up to date."""
@@ -395,9 +404,8 @@ class _Pulse:
         self.parts.progress.advance(steps, **self.shown, best=best)
 
 
-def _advice(step: int, what: str, lr: float) -> str:
+def _told(parts: Parts, step: int, what: str, lr: float) -> str:
     return (
-        f"training stopped at step {step}: {what}; learning rate {lr:.2e}. The best weights so far are kept. Try a "
-        "lower optimizer.lr or head_lr, a longer warm-up, optimizer.clip_norm 1.0 or training.precision fp32; and look "
-        "for extreme targets in the data."
+        f"training stopped at step {step}: {what}; learning rate {lr:.2e}. The best weights so far are kept. Try "
+        f"{parts.remedy}."
     )
