@@ -397,6 +397,8 @@ def test_debug_is_the_same_path_with_few_rows(setup: Setup, call: Callable[..., 
     assert status == 0
     assert "fold 1: 30 rows to train on, 30 held out, 4 steps" in out
     assert "mean of folds" in out and "spread" not in out, "one fold has none"
+    shown = [line.split() for line in call("report", "runs/tiny-debug", "--text")[1].split("\n")]
+    assert ["spread", "-", "-"] in shown
     assert Path("runs/tiny-debug/fold1/done.json").exists()
     assert not Path("runs/tiny").exists()
     assert call("train", "--config", "tiny.yaml", "--debug", "--fold", "1")[0] == 0, "a debug run replaces the last"
