@@ -226,9 +226,11 @@ def folds(
     print(f"{path}: {len(table):,} rows, {folding.num_folds} folds, fingerprint {folding.fingerprint}")
     for line in splits.audit(folding.fold, table, loaded.tasks[0], group=loaded.folds.group):
         print(line)
-    for leak in lint(Evidence(table, test, folding.fold, loaded.folds.group)):
+    leaks = lint(Evidence(table, test, folding.fold, loaded.folds.group))
+    for leak in leaks:
         print(f"warning: {leak}")
-    print(f"next: comp train --config {config} --debug")
+    found = "" if leaks else "no leak found (`comp lint` says what was looked for); "
+    print(f"{found}next: comp train --config {config} --debug")
 
 
 @app.command("lint")
@@ -254,7 +256,8 @@ def lint_(
     fold = None if folding is None else folding.fold
     runs = tuple(read_member(path).out_of_fold() for path in run or [])
     lineage = read_lineage(loaded.model.backbone)
-    print(leak_table(lint(Evidence(table, test, fold, loaded.folds.group, runs, lineage))))
+    evidence = Evidence(table, test, fold, loaded.folds.group, runs, lineage)
+    print(leak_table(lint(evidence), evidence))
 
 
 @app.command()

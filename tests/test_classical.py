@@ -234,12 +234,16 @@ def test_hyperparameters_are_the_best_of_inner_folds_or_the_given_ones() -> None
 
 
 @pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "multilabel", "ordinal"])
-def test_a_run_scores_infers_and_blends(kind: str, setup: Callable[..., Any]) -> None:
+def test_a_run_scores_infers_and_blends(
+    kind: str, setup: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     config, competition = setup(kind)
     scores = fitted(config, "words", ["tfidf", "statistics"])
     assert set(scores.folds) == {0, 1}
     assert any(line.startswith("fold 0: ") and "ridge alpha" in line for line in SAID)
+    capsys.readouterr()
     fitted(config, "vectors", ["embeddings"], "svm", options={"C": 1.0})
+    assert "Writing model" not in capsys.readouterr().err, "transformers' bar for the backbone that is kept"
     Path(config.model.backbone).rename("gone")  # a run needs no hub
     train = pd.read_csv(competition.train, dtype=str)
     for name in ("words", "vectors"):

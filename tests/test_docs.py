@@ -18,12 +18,21 @@ IN_LINE = re.compile(r"`(comp [a-z][^`]*)`")
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Return the code blocks of a page in order: language ("" where none is named), and content."""
+    return re.findall(r"^```([a-z]*)\n(.*?)^```", text, re.M | re.S)
+
+
+def lines(block: str) -> list[str]:
+    """Return the lines of a block without their comments."""
+    return [line.split("  #")[0].split(" # ")[0].strip() for line in block.split("\n")]
+
+
 def commands(text: str) -> list[str]:
     """Return the comp commands of a page: lines of its code blocks, and what stands in backquotes with an option."""
-    blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", text, re.M | re.S)
-    lines = [line.split("  #")[0].split(" # ")[0].strip() for block in blocks for line in block.split("\n")]
+    standing = [line for language, block in blocks(text) if language in ("", "sh") for line in lines(block)]
     flowing = [" ".join(found.split()) for found in IN_LINE.findall(text)]
-    return [line for line in [*lines, *flowing] if re.match(r"comp [a-z]", line)]
+    return [line for line in [*standing, *flowing] if re.match(r"comp [a-z]", line)]
 
 
 def check(line: str) -> None:

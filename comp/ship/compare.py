@@ -238,7 +238,7 @@ def _own_scores(members: Members) -> Grid:
         for kind in ("best", "last", "averaged"):
             own = found.get(kind, {})
             cells += ["-" if own.get(key) is None else f"{own[key]:.5f}" for key in ("mean", "pooled")]
-        spread = f"{found['best']['std']:.5f}"
+        spread = f"{found['best']['std']:.5f}" if len(found["best"]["folds"]) > 1 else "-"
         rows.append([*cells, spread, str(member.config.training.seed)])
     heads = ["run", "metric", "folds", "best: mean", "pooled", "last: mean", "pooled", "averaged: mean", "pooled"]
     return Grid("own-scores", "", [*heads, "spread (best)", "seed"], rows, left=2)

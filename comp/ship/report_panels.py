@@ -59,8 +59,9 @@ def _summary(run: RunRecord) -> Panel:
     if run.scores:
         found = run.scores[first.name]
         better = "higher" if METRICS[found.metric].higher_is_better else "lower"
+        spread = f"spread {found.std:.5f}; " if len(found.folds) > 1 else ""
         tiles = [
-            (f"{found.metric}, mean of folds", number(found.mean), f"spread {found.std:.5f}; {better} is better"),
+            (f"{found.metric}, mean of folds", number(found.mean), f"{spread}{better} is better"),
             ("pooled", number(found.pooled), f"{found.num_rows:,} rows"),
             ("last weights, mean of folds", number(found.last_mean), f"pooled {number(found.last_pooled)}"),
         ]
@@ -100,7 +101,7 @@ def _scores(run: RunRecord) -> Panel:
         rows = [[fold_name(k), *(number(scores[k]) for scores in series.values())] for k in found.folds]
         rows += [
             ["mean of folds", *map(number, means)],
-            ["spread", *(number(spread) for spread in found.spreads)],
+            ["spread", *(number(spread if len(found.folds) > 1 else None) for spread in found.spreads)],
             ["pooled", *map(number, pooled)],
         ]
         title = f"{task.name}: {found.metric}, {found.num_rows:,} rows"

@@ -197,7 +197,8 @@ class Scores:
         heads = "".join(f"{name:>10}" for name in ("best", "last", "averaged")[: len(columns)])
         lines = [f"{title or self.metric:<16}{heads}"]
         lines += [line(f"fold {fold}", [column[0][fold] for column in columns]) for fold in self.folds]
-        lines.append(line("mean of folds", [column[1] for column in columns], f"   (spread {self.std:.5f})"))
+        spread = f"   (spread {self.std:.5f})" if len(self.folds) > 1 else ""
+        lines.append(line("mean of folds", [column[1] for column in columns], spread))
         lines.append(line("pooled", [column[2] for column in columns], f"   ({self.num_rows:,} rows)"))
         if self.ahead is not None:
             lines.append(f"ahead by the mean of folds: {self.ahead} weights (comp infer --weights {self.ahead})")
