@@ -147,6 +147,19 @@ def test_of_many_classes_the_most_frequent_are_drawn_and_it_is_said() -> None:
     assert most_common(np.array([3, 1]), 9).tolist() == [0, 1]
 
 
+def test_what_is_never_confused_has_no_table_of_confusions() -> None:
+    from comp.config import Task
+
+    task = Task.model_validate({"name": "topic", "kind": "multiclass", "targets": ["t"]})
+    truth = np.arange(9) % 3
+    blocks = prediction_blocks(task, truth[:, None].astype(float), np.eye(3)[truth], LONG[:3], LONG[:3])
+    assert [block.name for block in blocks if isinstance(block, Grid)] == ["classes-topic"]
+    wrong = np.eye(3)[np.r_[1, truth[1:]]]
+    blocks = prediction_blocks(task, truth[:, None].astype(float), wrong, LONG[:3], LONG[:3])
+    (confused,) = [block for block in blocks if isinstance(block, Grid) and block.name == "confused-topic"]
+    assert confused.rows == [[LONG[0], LONG[1], "1", "33.3%"]]
+
+
 def test_words_are_wrapped_and_wide_pictures_marked() -> None:
     grid = Grid("worst", "", ["id", "error", "target", "text"], [["a", "1.0", LONG[0], Long("words")]], words=[2])
     pictures = [Picture("wide", "", "curves", {}), Picture("small", "", "times", {})]

@@ -60,7 +60,8 @@ def _by_length(run: RunRecord, errors: Floats) -> tuple[str, str, list[Part]]:
     if run.lengths.limit is not None:
         over = float((own > run.lengths.limit).mean())
         fate = "cut" if run.config.model.windows is None else "read as windows"
-        title += f"; {over:.1%} of the texts are longer than {run.lengths.limit} and are {fate}"
+        told = f"{over:.1%} of the texts are longer than {run.lengths.limit} and are {fate}"
+        title += f"; {told}" if over else f"; no text is longer than {run.lengths.limit}, none is {fate}"
     return "length", title, mean_errors(errors, *length_bins(own))
 
 

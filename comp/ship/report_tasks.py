@@ -212,15 +212,11 @@ def _classes(task: Task, targets: Floats, preds: Floats, labels: Sequence[str]) 
     names = [labels[place] for place in drawn]
     data = {"counts": counts[np.ix_(drawn, drawn)], "names": names, "what": what}
     title = f"each {what}"
-    return [
+    blocks: list[Block] = [
         Picture(f"confusion-{task.name}", about, "confusion", data),
         Grid(f"classes-{task.name}", title if num > MOST_CLASSES else "", heads, rows, folded=num > MOST_CLASSES),
-        Grid(
-            f"confused-{task.name}",
-            "most often confused",
-            [f"true {what}", "predicted", "rows", "of the true ones"],
-            confused,
-            left=2,
-            folded=num <= 6,
-        ),
     ]
+    if confused:
+        heads = [f"true {what}", "predicted", "rows", "of the true ones"]
+        blocks.append(Grid(f"confused-{task.name}", "most often confused", heads, confused, left=2, folded=num <= 6))
+    return blocks
