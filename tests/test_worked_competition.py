@@ -2,7 +2,8 @@
 
 A block of Python or YAML whose first line names a file is written there, Python is run, lines of `sh` are run, and a
 block without a language is what the commands before it have printed, cut: each of its lines must be printed in that
-order, numbers aside.
+order, numbers aside. `python tests/test_worked_competition.py FOLDER` walks the page in FOLDER, beside a `shared/`, and
+prints everything, from which the page is written anew.
 """
 
 from __future__ import annotations
@@ -162,3 +163,15 @@ def test_the_page_shows_the_scores_of_today(walked: Walk) -> None:
         (r"^  cross-fitted +(\d\.\d+)", 0.04),
     ):
         assert shown(pattern, out) == pytest.approx(shown(pattern, page), abs=apart), pattern
+
+
+if __name__ == "__main__":
+    here = Walk(Path(sys.argv[1]).resolve())
+    here.folder.mkdir(parents=True, exist_ok=True)
+    for kind, content in blocks(PAGE.read_text(encoding="utf-8")):
+        if kind:
+            here.take(kind, content)
+            print(
+                "\n".join([f"$ {line}" for line in lines(content) if kind == "sh" and line] + here.printed), flush=True
+            )
+            here.printed = []
