@@ -416,8 +416,8 @@ class Config(Section):
         found = [name for name, there in unfit.items() if there]
         if self.training.shard and found:
             raise ValueError(
-                f"training.shard leaves no process the whole model, which {' and '.join(found)} would need; turn off "
-                "one or the other (the optimizers adamw, bertadam, radam and madgrad work with it)"
+                f"training.shard does not work with {' and '.join(found)}, which need the whole model in each process; "
+                "turn off one or the other (the optimizers adamw, bertadam, radam and madgrad work with it)"
             )
         return self
 

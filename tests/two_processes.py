@@ -194,8 +194,18 @@ NOTED: list[dict[str, Any]] = []
 
 def main(arguments: Sequence[str]) -> None:
     """Do one task after the other: "function argument argument", ..., without starting processes anew."""
+    from comp.training import predict
     from comp.training.dispatch import How, joined
+    from comp.training.shards import Shards
 
+    predict.CPU_TOKENS = 128  # small batches, of which one process has more than the other
+    in_step, unequal = Shards.in_step, set()
+
+    def noting_passes(self: Any, passes: int) -> Any:
+        unequal.add(len(set(self.each(passes))) > 1)
+        return in_step(self, passes)
+
+    Shards.in_step = noting_passes
     with noting_gradients(NOTED), joined(How("ranks")) as own:
         if own is None:  # not the first, which has followed it until now
             return
@@ -203,6 +213,7 @@ def main(arguments: Sequence[str]) -> None:
             name, *rest = task.split()
             NOTED.clear()
             globals()[name](own, *rest)
+        assert unequal == {True}, "every evaluation has a process that waits for the other"
 
 
 if __name__ == "__main__":

@@ -235,7 +235,8 @@ class HeldOut:
         """Predict `rows` of the table by the weights in the model, each rank a part of them."""
         own = self.ranks.part(rows)
         found = None
-        with self.ranks.in_step():
+        batches = sorted_batches(self.encoded.lengths[own], max_tokens=batch_tokens_of(self.runtime))
+        with self.ranks.in_step(len(batches)):
             if len(own):
                 progress = open_progress(len(own), "evaluating", "row", delay=DELAY)
                 try:

@@ -87,8 +87,8 @@ class OneRank:
         return rows
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
-        """Predict in the block, whatever the number of passes; all ranks come here."""
+    def in_step(self, passes: int) -> Iterator[None]:
+        """Predict in the block, in so many passes of this rank; all ranks come here, each with its own number."""
         yield
 
     def together(self, own: dict[str, NDArray[np.float64]] | None, num_rows: int) -> dict[str, NDArray[np.float64]]:

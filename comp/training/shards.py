@@ -123,25 +123,15 @@ class Shards(Ranks):
         return norm
 
     @contextmanager
-    def in_step(self) -> Iterator[None]:
-        passes, backbone = 0, self.model.backbone
-
-        def count(*_: Any) -> None:
-            nonlocal passes
-            passes += 1
-
-        hook = backbone.register_forward_pre_hook(count)
-        try:
-            yield
-        finally:
-            hook.remove()
-        missing = (self.most(passes) or 0) - passes
+    def in_step(self, passes: int) -> Iterator[None]:
+        most = self.most(passes) or 0  # asked before: afterwards others may wait for our parts, and not for this
+        yield
         was_training = self.model.training
         self.model.eval()
         ids = torch.ones((1, 2), dtype=torch.int64, device=next(iter(self.parts.values())).device)
         with torch.inference_mode():
-            for _ in range(missing):
-                backbone(ids, torch.ones_like(ids), layers=self.model.pooler.layers)
+            for _ in range(most - passes):
+                self.model.backbone(ids, torch.ones_like(ids), layers=self.model.pooler.layers)
         self.model.train(was_training)
 
     # --- what is kept ------------------------------------------------------------------------------------------------
