@@ -271,7 +271,8 @@ def test_exact_keeps_the_same_bits_as_full(case: str, config_of: Callable[..., A
     assert any(line.endswith("some stopped early (evaluation.decide 'exact')") for line in SAID)
     shares = [f"{done['padding'][what]:.1%} of tokens in {what}" for what in ("training", "evaluation")]
     assert f"fold 0: padding {', '.join(shares)}" in SAID
-    assert full_done["padding"] == done["padding"] and 0 < done["padding"]["training"] < 0.5
+    assert full_done["padding"] == done["padding"] and done["padding"]["training"] < 0.5
+    assert done["padding"]["training"] > 0 or case == "windows", "windows of long texts are all full"
     assert json.loads(Path("runs/exact/scores.json").read_text())["keep_best_flatters"] is None
 
 
