@@ -42,6 +42,7 @@ from train_speed import BACKBONE, Bare
 from transformers import AutoTokenizer, logging
 
 from comp.data.batches import Batch
+from comp.kernels import device_name
 from comp.model.sources import resolve_source
 from comp.runs import RunFolder
 from comp.ship.infer import infer, load
@@ -191,8 +192,9 @@ def measure(run: RunFolder, options: argparse.Namespace, notebook: ProcessPoolEx
     lines = [
         "# Speed of inference",
         "",
-        f"`python benchmarks/infer_speed.py` on {loaded.describe()}: {FOLDS} folds of MiniLM over {num_rows:,} of",
-        f"CLEAR's test rows ({tokens:,} tokens, mean {mean:.0f}), a part of them in each of {options.rounds} rounds.",
+        f"`python benchmarks/infer_speed.py` on {device_name(loaded.runtime.device)}, {loaded.runtime.precision}:",
+        f"{FOLDS} folds of MiniLM over {num_rows:,} of CLEAR's test rows ({tokens:,} tokens, mean {mean:.0f}), a part",
+        f"of them in each of {options.rounds} rounds.",
         f"The notebook: {options.notebook_folds} of {FOLDS} folds run and scaled, padded to {MAX_LENGTH}, batches of",
         f"{BATCH}, float32.",
         f"The kernels: {options.kernel_folds} of {FOLDS} folds' tokens, batches of {shape[0]} x {shape[1]} unpadded.",
