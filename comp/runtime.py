@@ -176,8 +176,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep the memory that tensors on the CPU free, for the tensors to come; tell whether it does.
 
     glibc gives blocks of some MB back to the kernel at every free, and the kernel hands each page out anew, zeroed, at
-    its next first touch: for the activations of a batch that costs up to a fifth of a forward pass. Nothing changes
-    without glibc, or where the environment says how to allocate (MALLOC_*, GLIBC_TUNABLES, LD_PRELOAD).
+    its next first touch, which the activations of a batch pay over and over. Nothing changes without glibc, or where
+    the environment says how to allocate (MALLOC_*, GLIBC_TUNABLES, LD_PRELOAD).
     """
     import ctypes
 

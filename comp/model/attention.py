@@ -1,7 +1,7 @@
 """Attention for training on a CPU: plain products over a few heads at a time, so that the scores stay in its caches.
 
 torch's fused attention (sdpa) has a slow backward pass on CPUs, and the eager one of transformers writes the scores of
-the whole batch to memory six times over. Here a few matrices of scores (T x T of one text and head) are computed,
+the whole batch to memory several times over. Here a few matrices of scores (T x T of one text and head) are computed,
 normalised in float32 and used while they are in the caches; what the backward pass needs is kept once, in the type of
 the queries. The softmax's gradient is P * (dP - rowsum(P * dP)), as in Dao et al. 2022 (arXiv:2205.14135, appendix
 B.2), and nothing is approximated. Which attention is fastest here is measured: see kernels.py.
