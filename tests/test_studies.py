@@ -268,5 +268,5 @@ def test_the_table_of_further_pretraining(studies: Any) -> None:
     ]
     text = study.table(rows)
     assert f"| {study.FURTHER} | 3 | 0.6101 | 0.8000 | 0.0100 | +0.0900 ± 0.0058 | +0.0000 ± 0.0000 |" in text
-    assert "- seed 1: 40,000 before, 9.50 after 250 steps, 1,000,000 tokens, 200 s" in text
+    assert "- seed 1: 40,000 before, 9.50 after 250 steps, 1,000,000 tokens" in text
     assert "4 held-out rows a fold" in text
