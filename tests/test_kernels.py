@@ -210,7 +210,7 @@ def test_an_attention_that_the_architecture_lacks_is_refused(tiny_model_folder: 
     model_of(tiny_model_folder("deberta-v2"), "eager")
 
 
-@pytest.mark.parametrize("attention", ["auto", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "eager", "blocked"])
 def test_a_run_records_its_choice_and_infers_what_it_scored(
     attention: str,
     isolated: Path,
@@ -228,7 +228,8 @@ def test_a_run_records_its_choice_and_infers_what_it_scored(
     said: list[str] = []
     crossval.run(config_file.load("tiny.yaml"), "tiny", "0", say=said.append)
     recorded = json.loads(Path("runs/tiny/manifest.json").read_text())["kernels"]
-    assert (recorded["attention"], recorded["precision"]) == ("eager", "fp32")
+    expected = "eager" if attention == "auto" else attention
+    assert (recorded["attention"], recorded["precision"]) == (expected, "fp32")
     assert any("attention and precision: eager fp32, 2,000" in line for line in said) == (attention == "auto")
     assert "attn" not in Path("runs/tiny/backbone/config.json").read_text()
 
