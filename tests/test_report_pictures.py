@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from comp.ship.report_figures import PICTURES, STYLE, shortened
+from comp.ship.report_figures import PICTURES
 from comp.ship.report_page import Grid, Long, Page, Panel, Picture, render_html
+from comp.ship.report_style import STYLE, shortened
 from comp.ship.report_tasks import most_common, prediction_blocks, share_interval
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib, of the extra `report`, is not installed")

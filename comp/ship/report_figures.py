@@ -1,7 +1,7 @@
 """PICTURES: the figures of reports, drawn by Matplotlib (extra `report`) as SVG for the page and as PNG files.
 
-Each function draws its data into an empty figure. Colours are those of Okabe and Ito, told apart by colour-blind
-readers too; where order matters, one hue from light to dark.
+Each function draws its data into an empty figure; where order matters, in one hue from light to dark. Those with a line
+for each fold, class or part of the rows are in report_parts.py.
 """
 
 from __future__ import annotations
@@ -10,55 +10,22 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comp.catalog import pick
 from comp.ship.report_page import Picture
+from comp.ship.report_parts import bars, fold_scores, intervals, shares, spreads, times
+from comp.ship.report_style import BLUE, GREY, INK, ORANGE, SKY, SMALL, STYLE, WIDE, Axes, Figure, line_look, shortened
 
-__all__ = ["PICTURES", "Drawn", "draw", "need_matplotlib", "shortened"]
+__all__ = ["PICTURES", "Drawn", "draw", "need_matplotlib"]
 
-Figure: TypeAlias = Any  # of Matplotlib, which is imported inside functions only
-Axes: TypeAlias = Any
-
-BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1c2127"
-)  # fmt: skip
-GREY, PALE = "#57606a", "#d5dae0"
-FOLD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK)
-DASHES = ("solid", "dashed", "dotted", "dashdot")
 MOST_NUMBERED = 14  # classes of a confusion matrix whose counts are written into it
-SMALL, WIDE = (4.9, 3.5), (10.4, 3.6)  # inches; 96 CSS pixels each
 DPI = 160
 CROSS: dict[str, Any] = {"marker": "x", "markersize": 6, "markeredgewidth": 1.3, "linestyle": "none"}
 RING: dict[str, Any] = {"marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.4}
-STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": GREY,
-    "axes.edgecolor": "#aeb6c0",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#edf0f3",
-    "grid.linewidth": 0.8,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.5,
-    "text.parse_math": False,  # names may hold dollar signs
-    "svg.hashsalt": "comp",  # the same run, the same bytes
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-}
 
 
 @dataclass(frozen=True)
@@ -107,13 +74,6 @@ def draw(picture: Picture) -> Drawn:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def _line(place: int) -> dict[str, Any]:
-    return {
-        "color": FOLD_COLOURS[place % len(FOLD_COLOURS)],
-        "linestyle": DASHES[place // len(FOLD_COLOURS) % len(DASHES)],
-    }
-
-
 def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -> None:
     """Validation score and training loss over optimizer steps, a line a fold.
 
@@ -126,7 +86,7 @@ def curves(figure: Figure, *, folds: Sequence[Mapping[str, Any]], metric: str) -
     axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
     marked = estimated = False
     for place, fold in enumerate(folds):
-        look = _line(place)
+        look = line_look(place)
         if scored:
             guessed = np.asarray(fold.get("estimated", [False] * len(fold["valid"][0])), bool)
             dots = {"marker": "o", "markersize": 3, "markevery": np.flatnonzero(~guessed).tolist()}
@@ -195,7 +155,7 @@ def auxiliary(figure: Figure, *, tasks: Sequence[Mapping[str, Any]]) -> None:
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, task in zip(grid, tasks, strict=False):
         for place, fold in enumerate(task["folds"]):
-            look = _line(place)
+            look = line_look(place)
             axes.plot(*fold["valid"], marker="o", markersize=3, label=fold["name"], **look)
             if fold.get("chosen"):
                 axes.plot(*fold["chosen"], color=look["color"], **RING)
@@ -304,21 +264,6 @@ def reliability(figure: Figure, *, columns: Sequence[Mapping[str, Any]]) -> None
         lower.margins(y=0.45)
 
 
-def shortened(names: Sequence[str], most: int) -> list[str]:
-    """Return names of at most `most` characters, cut at the end, or in the middle where else two would look alike.
-
-    Names that stay alike even so, and all of `most` below 8, get their number in front.
-    """
-    dots = "\N{HORIZONTAL ELLIPSIS}"
-    head = (most - 1) // 2
-    short = [name if len(name) <= most else f"{name[: most - 1]}{dots}" for name in names]
-    for place, name in enumerate(names):
-        if len(name) > most and short.count(short[place]) > 1:
-            short[place] = f"{name[:head]}{dots}{name[head + 1 - most :]}"
-    alike = {name for name in short if short.count(name) > 1}
-    return [f"{place + 1} {name}"[:most] if name in alike else name for place, name in enumerate(short)]
-
-
 def confusion(figure: Figure, *, counts: NDArray[np.int64], names: Sequence[str], what: str) -> None:
     """Counts (C, C), true class by predicted one; the shade is the share of the true class."""
     num = len(names)
@@ -347,98 +292,6 @@ def confusion(figure: Figure, *, counts: NDArray[np.int64], names: Sequence[str]
     bar.outline.set_visible(False)
 
 
-# --- parts of the rows -----------------------------------------------------------------------------------------------
-
-
-def intervals(
-    figure: Figure,
-    *,
-    names: Sequence[str],
-    values: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    label: str,
-    title: str,
-    line: float | None = None,
-) -> None:
-    """A dot with its interval a name, from top to bottom; `line`: the value of all together."""
-    figure.set_size_inches(SMALL[0], min(9.0, max(1.7, 0.27 * len(names) + 1.0)))
-    axes = figure.subplots()
-    places = np.arange(len(names))
-    spans = np.array([np.subtract(values, low), np.subtract(high, values)])
-    axes.errorbar(values, places, xerr=np.maximum(spans, 0), fmt="o", color=BLUE, markersize=5, elinewidth=1.2)
-    if line is not None:
-        axes.axvline(line, color=GREY, linewidth=1, linestyle="dashed")
-    axes.set_yticks(places, shortened(names, 26))
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
-    axes.set(xlabel=label, title=title)
-
-
-def fold_scores(figure: Figure, *, folds: Sequence[str], series: Mapping[str, Sequence[float]], metric: str) -> None:
-    """Score of each fold by each kind of weights, with the mean of the folds as a line."""
-    figure.set_size_inches(SMALL[0], max(2.0, 0.34 * len(folds) + 1.3))
-    axes = figure.subplots()
-    looks = {"best": ("o", BLUE), "last": ("s", ORANGE), "averaged": ("D", GREEN)}
-    for number, (name, values) in enumerate(series.items()):
-        marker, colour = looks[name]
-        places = np.arange(len(folds)) + 0.16 * (number - (len(series) - 1) / 2)
-        axes.plot(values, places, marker, color=colour, label=name, markersize=5.5, alpha=0.9)
-        axes.axvline(float(np.nanmean(values)), color=colour, linewidth=1, linestyle="dashed", alpha=0.7)
-    axes.set_yticks(range(len(folds)), list(folds))
-    axes.set_ylim(len(folds) - 0.5, -0.5)
-    axes.set(xlabel=metric, title="scores of the folds; dashed: their mean")
-    axes.grid(visible=False, axis="y")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-
-
-def spreads(figure: Figure, *, folds: Sequence[str], values: Sequence[NDArray[np.float64]], label: str) -> None:
-    """Distribution of a target in each fold: box from quartile to quartile, whiskers to 5% and 95%."""
-    figure.set_size_inches(SMALL[0], max(1.9, 0.34 * len(folds) + 1.0))
-    axes = figure.subplots()
-    axes.boxplot(
-        list(values), orientation="horizontal", whis=(5, 95), widths=0.55, showfliers=False, patch_artist=True,
-        boxprops={"facecolor": "#cfe3f1", "edgecolor": BLUE}, medianprops={"color": INK},
-        whiskerprops={"color": BLUE}, capprops={"color": BLUE},
-    )  # fmt: skip
-    axes.set_yticks(range(1, len(folds) + 1), list(folds))
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set(xlabel=label, title="target by fold: 5, 25, 50, 75 and 95%")
-
-
-def shares(figure: Figure, *, folds: Sequence[str], names: Sequence[str], values: NDArray[np.float64]) -> None:
-    """Share (folds, classes) of each class in each fold, a line of dots a class."""
-    figure.set_size_inches(SMALL[0], max(1.9, 0.3 * len(names) + 1.5))
-    axes = figure.subplots()
-    for place, fold in enumerate(folds):
-        look = _line(place)
-        axes.plot(values[place], np.arange(len(names)), "o", color=look["color"], markersize=5, alpha=0.8, label=fold)
-    axes.set_yticks(range(len(names)), shortened(names, 26))
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(left=0)
-    axes.set(xlabel="share of the fold's rows", title="classes by fold")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-
-
-def times(figure: Figure, *, folds: Sequence[str], parts: Mapping[str, Sequence[float]]) -> None:
-    """Seconds of each fold, by what they went to; told in minutes or hours where they are many."""
-    figure.set_size_inches(SMALL[0], max(1.9, 0.34 * len(folds) + 1.3))
-    axes = figure.subplots()
-    longest = float(np.sum([list(seconds) for seconds in parts.values()], axis=0).max())
-    unit, length = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60) if longest > 300 else ("seconds", 1)
-    left = np.zeros(len(folds))
-    for (name, seconds), colour in zip(parts.items(), (BLUE, ORANGE, PALE), strict=False):
-        spans = np.asarray(seconds) / length
-        axes.barh(range(len(folds)), spans, left=left, color=colour, label=name, height=0.62)
-        left += spans
-    axes.set_yticks(range(len(folds)), list(folds))
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set(xlabel=unit, title="where the time went")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-
-
 def range_test(figure: Figure, *, lines: Sequence[Mapping[str, Any]]) -> None:
     """Training loss over a growing learning rate, a line for each optimizer.
 
@@ -447,7 +300,7 @@ def range_test(figure: Figure, *, lines: Sequence[Mapping[str, Any]]) -> None:
     figure.set_size_inches(7.5, 4.2)
     axes = figure.subplots()
     for place, line in enumerate(lines):
-        look = _line(place)
+        look = line_look(place)
         axes.plot(line["lrs"], line["losses"], alpha=0.25, linewidth=0.8, color=look["color"])
         axes.plot(line["lrs"], line["smoothed"], label=line["name"], **look)
         if line["suggestion"] is not None:
@@ -463,18 +316,6 @@ def range_test(figure: Figure, *, lines: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xlabel("learning rate (that of the backbone; the others keep their ratio to it)")
     axes.set_title("training loss, smoothed; a dot is the suggestion")
     axes.legend()
-
-
-def bars(figure: Figure, *, names: Sequence[str], values: Sequence[float], label: str, title: str) -> None:
-    """A number for each name, the first at the top."""
-    figure.set_size_inches(SMALL[0], max(1.7, 0.34 * len(names) + 0.9))
-    axes = figure.subplots()
-    axes.barh(range(len(names)), values, color=BLUE, height=0.62)
-    axes.set_yticks(range(len(names)), list(names))
-    axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
-    axes.set_xlim(left=0)
-    axes.set(xlabel=label, title=title)
 
 
 PICTURES: dict[str, Callable[..., None]] = {
