@@ -68,6 +68,7 @@ bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memo
 	$(BIN)/python benchmarks/infer_speed.py
 	$(BIN)/python benchmarks/infer_memory.py
 	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/eval_cost.py
 	$(BIN)/python benchmarks/optimizer_step.py
 

@@ -218,10 +218,11 @@ class Model(Section):
     """Read long texts whole, as windows of max_length; null = cut them. The cost grows with the windows."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """Every dropout of the backbone; null = the checkpoint's own."""
-    attention: Literal["auto", "sdpa", "eager", "blocked"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "blocked", "packed"] = "auto"
     """Kernel of attention: sdpa = torch's fused ones, eager = matrix products, blocked = a few heads at a time, for the
-    caches of a CPU. auto = in training the one that is fastest on this device with this dropout, measured once and kept
-    (`comp doctor`), otherwise as transformers has it."""
+    caches of a CPU, packed = the same with texts laid end to end, without padding: for batches of many lengths. auto =
+    in training the fastest of the first three on this device with this dropout, measured once and kept (`comp doctor`),
+    otherwise as transformers has it."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the pooled vector; 0 = off."""
     multi_sample_dropout: int = Field(0, ge=0)
@@ -396,9 +397,15 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _compiled_fits_the_rest(self) -> Config:
-        other = "cache_frozen" if self.model.cache_frozen else "gradient_checkpointing"
-        if self.training.compile and (self.model.cache_frozen or self.model.gradient_checkpointing):
-            raise ValueError(f"training.compile does not work with model.{other}; set one of them to false")
+        model = self.model
+        unfit = {
+            "cache_frozen; set one of them to false": model.cache_frozen,
+            "gradient_checkpointing; set one of them to false": model.gradient_checkpointing,
+            "attention packed, whose passes go by the batch's lengths; set it to auto": model.attention == "packed",
+        }
+        found = next((words for words, there in unfit.items() if there), None)
+        if self.training.compile and found is not None:
+            raise ValueError(f"training.compile does not work with model.{found}")
         return self
 
     @model_validator(mode="after")

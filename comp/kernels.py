@@ -45,6 +45,8 @@ PASSES = 4  # the first does not count, of the others the fastest does
 ROWS = {"cpu": 4}
 MOST_TOKENS = 256
 PLAIN = "without dropout"
+# Architectures whose texts can be laid end to end: they take positions, and hand the lengths on to their attention.
+PACKS = ("albert", "bert", "camembert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Kernels:
     shape: str
     """What was asked: backbone, dropout, tokens, wishes."""
     attention: str
-    """sdpa | eager | blocked, of training passes."""
+    """sdpa | eager | blocked | packed, of training passes."""
     precision: str
     """bf16 | fp16 | fp32"""
     device: str
@@ -77,9 +79,9 @@ def choose(
     """Return what to train with, and the runtime in that precision.
 
     `config`: the backbone's, of transformers, its dropout set. `runtime`: as opened with `precision`. What is not auto
-    of `attention` (auto | sdpa | eager | blocked) and `precision` is not measured. `compiled`: torch.compile will run
-    the passes, and blocked, whose blocks go by the batch's shape, is not for it. `known`: what the run's manifest holds
-    of an earlier choice, which stands as long as the question is the same.
+    of `attention` (auto | sdpa | eager | blocked | packed) and `precision` is not measured. `compiled`: torch.compile
+    will run the passes, and blocked, whose blocks go by the batch's shape, is not for it. `known`: what the run's
+    manifest holds of an earlier choice, which stands as long as the question is the same.
     """
     tokens = min(max_length, MOST_TOKENS)
     shape = f"{_shape(config)}, {tokens} tokens; attention {attention}, precision {precision}"
@@ -136,14 +138,19 @@ def attentions_of(config: Any) -> tuple[str, ...]:
     kind = MODEL_MAPPING[type(config)] if type(config) in MODEL_MAPPING else None  # noqa: SIM401  (it is no dict)
     if not getattr(kind, "_supports_sdpa", False):
         return ("eager",)
-    # comp.model.backbone brings it; what only measures would know it by name alone
-    blocked = "blocked" in ALL_ATTENTION_FUNCTIONS.valid_keys() and getattr(kind, "_supports_attention_backend", False)
-    return ("sdpa", "eager", "blocked") if blocked else ("sdpa", "eager")
+    # comp.model.backbone brings them; what only measures would know them by name alone
+    ours = "blocked" in ALL_ATTENTION_FUNCTIONS.valid_keys() and getattr(kind, "_supports_attention_backend", False)
+    packed = ("packed",) if config.model_type in PACKS else ()
+    return ("sdpa", "eager", "blocked", *packed) if ours else ("sdpa", "eager")
 
 
 def attentions_on(config: Any, device: str) -> tuple[str, ...]:
-    """Return those that are worth measuring on a kind of device: blocked is made for the caches of a CPU."""
-    return tuple(one for one in attentions_of(config) if one != "blocked" or device == "cpu")
+    """Return those that are worth measuring on a kind of device.
+
+    Blocked is made for the caches of a CPU. What packed spares is padding, of which bucketing leaves next to nothing.
+    """
+    without = ("packed",) if device == "cpu" else ("packed", "blocked")
+    return tuple(one for one in attentions_of(config) if one not in without)
 
 
 def _dropouts(config: Any) -> dict[str, float]:

@@ -96,7 +96,12 @@ def test_without_a_compiler_it_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    "model", [{"gradient_checkpointing": True}, {"cache_frozen": True, "freeze_layers": 1, "freeze_embeddings": True}]
+    "model",
+    [
+        {"gradient_checkpointing": True},
+        {"cache_frozen": True, "freeze_layers": 1, "freeze_embeddings": True},
+        {"attention": "packed"},
+    ],
 )
 def test_what_does_not_go_with_it_is_refused(
     model: dict[str, Any], isolated: Path, tiny_competition: Callable[..., TinyCompetition], tiny_model_folder: Folder

@@ -75,6 +75,7 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "roberta",
         {"max_length": 16, "windows": {"stride": 4, "max_windows": 3}, "pooler": {"name": "word_weights"}},
     ),
+    "packed": ("regression", "bert", {"attention": "packed", "max_length": 16, "windows": {"stride": 4}}),
     "classes": ("multiclass", "xlnet", {"max_length": 12, "truncation": "head_tail"}),
     "grades": ("ordinal", "bert", {"pooler": {"name": "mean_max"}}),
 }

@@ -62,7 +62,7 @@ def test_each_way_is_measured_without_touching_the_runs_random_numbers(tiny_mode
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_architecture_can_be_measured(name: str, tiny_model_folder: Folder) -> None:
     config = read_config(str(tiny_model_folder(name)), 0.1)
-    expected = {f"{attention} fp32" for attention in kernels.attentions_of(config)}
+    expected = {f"{attention} fp32" for attention in kernels.attentions_on(config, "cpu")}
     assert {key for key in kernels.measure(config, CPU, tokens=8) if "without" not in key} == expected
 
 

@@ -62,6 +62,8 @@ class Batch:
     targets: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: torch.Tensor | None = None
     errors: dict[str, torch.Tensor] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
+    """(P,) tokens of each piece; None where nobody counted them."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device` (itself when it is there already)."""
@@ -110,6 +112,7 @@ def collate(encoded: Encoded, rows: NDArray[np.int64], labels: Labels | None = N
         if fields is not None and encoded.fields is not None:
             fields[place, where] = encoded.fields[start : start + length]
     batch = Batch(rows, torch.from_numpy(ids), torch.from_numpy(mask), int(lengths.sum()))
+    batch.lengths = tuple(lengths.tolist())
     if types is not None:
         batch.token_type_ids = torch.from_numpy(types)
     if fields is not None:

@@ -6,23 +6,25 @@ normalised in float32 and used while they are in the caches; what the backward p
 the queries. The softmax's gradient is P * (dP - rowsum(P * dP)), as in Dao et al. 2022 (arXiv:2205.14135, appendix
 B.2), and nothing is approximated. Which attention is fastest here is measured: see kernels.py.
 
-It is registered with transformers as `blocked`, for every architecture that takes its attention from there.
+It is registered with transformers as `blocked`, for every architecture that takes its attention from there, and once
+more as `packed`, for texts that are laid end to end (see packing.py): each of them attends to itself alone.
 
-Shapes: B texts, H heads, T queries, S keys, D numbers a head.
+Shapes: B texts, H heads, T queries, S keys, D numbers a head, N tokens of packed texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-__all__ = ["BLOCKED", "blocked_attention"]
+__all__ = ["BLOCKED", "PACKED", "blocked_attention", "packed_attention"]
 
-BLOCKED = "blocked"
+BLOCKED, PACKED = "blocked", "packed"
 SCORES = 500_000  # numbers of a block: 2 MB in float32, about the second cache of two cores
 
 
@@ -43,6 +45,36 @@ def blocked_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     found: torch.Tensor = _Blocked.apply(query, key, value, mask, scaling, dropout)
     return found
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Return attention within each of the texts laid end to end, (1, N, H, E).
+
+    `query` and `key` (1, H, N, D), `value` (1, H, N, E); `lengths`: tokens of each text, N together; `window`: tokens
+    attend to those less than so far away, None = to all of their text. Neighbours of one length go together.
+    """
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    parts = [own.split([length * many for length, many in runs], dim=2) for own in (query, key, value)]
+    found = []
+    for (length, many), *own in zip(runs, *parts, strict=True):
+        mask = None
+        if window is not None and length > window:
+            places = torch.arange(length, device=query.device)
+            near = (places[:, None] - places).abs() < window
+            mask = torch.zeros(1, 1, length, length, device=query.device).masked_fill(~near, float("-inf"))
+        q, k, v = (part[0].unflatten(1, (many, length)).transpose(0, 1) for part in own)
+        output = blocked_attention(q, k, v, mask, scaling=scaling, dropout=dropout)
+        found.append(output.transpose(1, 2).flatten(0, 1))
+    return (torch.cat(found) if len(found) > 1 else found[0])[None]
 
 
 def _blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:
@@ -139,13 +171,38 @@ def _of_transformers(
 
     Raises ValueError for what the architecture wants beyond a mask.
     """
-    more = [name for name in ("position_bias", "softcap", "s_aux") if others.get(name) is not None]
-    if more or key.shape[1] != query.shape[1]:
-        what = more[0] if more else f"{key.shape[1]} keys' heads for {query.shape[1]} queries'"
-        raise ValueError(f"model.attention is '{BLOCKED}', which has no {what}; set it to auto, sdpa or eager")
+    _check(BLOCKED, query, key, others)
     found = blocked_attention(query, key, value, attention_mask, scaling=scaling, dropout=dropout)
     return found.transpose(1, 2).contiguous(), None
 
 
+def _packed_of_transformers(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    text_lengths: Sequence[int],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within texts of `text_lengths`; as for `_of_transformers`, B being 1. No mask is made for it."""
+    _check(PACKED, query, key, others)
+    assert attention_mask is None
+    found = packed_attention(query, key, value, text_lengths, scaling=scaling, dropout=dropout, window=sliding_window)
+    return found, None
+
+
+def _check(name: str, query: torch.Tensor, key: torch.Tensor, others: dict[str, Any]) -> None:
+    more = [word for word in ("position_bias", "softcap", "s_aux") if others.get(word) is not None]
+    if more or key.shape[1] != query.shape[1]:
+        what = more[0] if more else f"{key.shape[1]} keys' heads for {query.shape[1]} queries'"
+        raise ValueError(f"model.attention is '{name}', which has no {what}; set it to auto, sdpa or eager")
+
+
 AttentionInterface.register(BLOCKED, _of_transformers)
 AttentionMaskInterface.register(BLOCKED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+AttentionInterface.register(PACKED, _packed_of_transformers)  # without a mask: (N, N) numbers that nobody reads

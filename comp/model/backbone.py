@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-import comp.model.attention  # noqa: F401  (registers it with transformers)
 from comp.kernels import attentions_of
+from comp.model.attention import PACKED  # which registers its attentions with transformers
+from comp.model.packing import Packing
 from comp.model.sources import cls_is_last, config_in, has_weights, local_only, quiet_hub, resolve_source
 
 __all__ = [
@@ -65,6 +66,7 @@ class Backbone(nn.Module):
         self.vocab_size = int(whole.get_input_embeddings().num_embeddings)
         self.cls_last = cls_last or self._decodes
         self.max_positions = _max_positions(model)
+        self._first_position = _first_position(model)
         self._takes_type_ids = "token_type_ids" in inspect.signature(model.forward).parameters
         self._extra: dict[str, Any] = {"use_cache": False} if self._decodes else {}
         usual = config._attn_implementation
@@ -86,21 +88,28 @@ class Backbone(nn.Module):
         *,
         layers: Sequence[int] = (-1,),
         lower: torch.Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> list[torch.Tensor | None]:
         """Return L + 1 hidden states (B, T, H), index 0 = embeddings; those not in `layers` may be None.
 
         Hidden states below the last are only kept when `layers` asks for one. Where the model normalises before each
         block (ModernBERT), the final norm is applied to all of them, so that they are of one scale. `lower` (B, T, H):
         what `lowest_states` gave for the batch, in place of the blocks below; states under it are then not true.
+        `lengths` (B,): tokens of each text, where they are known without waiting for the device of `mask`.
         """
+        packing = self.packing(mask, lengths)
         if lower is not None:
-            with self.lowest.going_on_from(lower):
-                return self(input_ids, mask, token_type_ids, layers=layers)
+            with self.lowest.going_on_from(lower if packing is None else packing.pack(lower)):
+                return self(input_ids, mask, token_type_ids, layers=layers, lengths=lengths)
         if self.config._attn_implementation != self._attention[self.training]:
             self.config._attn_implementation = self._attention[self.training]
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids}
         if token_type_ids is not None and self._takes_type_ids:
             inputs["token_type_ids"] = token_type_ids
+        if packing is None:
+            inputs["attention_mask"] = mask
+        else:
+            inputs = packing.inputs(self._first_position, **inputs)
         last = self.num_states
         wanted = {index % (last + 1) for index in layers}
         model = self.compiled if self.training and self.compiled is not None else self.model
@@ -110,10 +119,25 @@ class Backbone(nn.Module):
             found = outputs.decoder_hidden_states if self._decodes else outputs.hidden_states
             for index in wanted - {last}:
                 states[index] = self._normed(found[index]) if index else found[index]
-        return states
+        if packing is None:
+            return states
+        return [None if state is None else packing.unpack(state) for state in states]
+
+    @property
+    def packs(self) -> bool:
+        """True when texts go through the blocks end to end, without padding, in the present mode."""
+        return self._attention[self.training] == PACKED
+
+    def packing(self, mask: torch.Tensor, lengths: Sequence[int] | None = None) -> Packing | None:
+        """Return how a batch is laid end to end; None where it stays padded. Arguments as for `forward`."""
+        if not self.packs:
+            return None
+        return Packing(mask.sum(1).tolist() if lengths is None else lengths, mask.shape[1], mask.device)
 
     def attend(self, *, training: str | None = None, evaluating: str | None = None) -> None:
-        """Attend by sdpa (torch's fused kernels), eager (matrix products) or blocked (attention.py); None = as it is.
+        """Attend by sdpa (torch's fused kernels), eager (matrix products), blocked or packed (attention.py).
+
+        None = as it is.
 
         Raises ValueError when the architecture does not have it.
         """
@@ -211,11 +235,20 @@ def _block_prefix(model: nn.Module, num_layers: int) -> str:
     return fitting[0]
 
 
+def _position_table(model: nn.Module) -> nn.Embedding | None:
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    return next((module for module in tables if isinstance(module, nn.Embedding)), None)
+
+
+def _first_position(model: nn.Module) -> int:
+    table = _position_table(model)
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1  # as RoBERTa counts
+
+
 def _max_positions(model: nn.Module) -> int | None:
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    table = _position_table(model)
+    if table is not None:
+        return table.num_embeddings - _first_position(model)
     limit = getattr(model.config, "max_position_embeddings", None)
     relative = getattr(model.config, "relative_attention", False)  # DeBERTa has no limit
     return int(limit) if isinstance(limit, int) and limit > 0 and not relative else None

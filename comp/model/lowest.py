@@ -24,7 +24,7 @@ class Lowest:
     def __init__(self, blocks: Sequence[nn.Module], num_layers: int) -> None:
         self.mode = "whole"
         self.state: torch.Tensor | None = None
-        self.packing: int | None = None
+        self.num_returned: int | None = None
         """How many things a block returns; None = the state by itself."""
         for number, block in enumerate(blocks, start=1):
             own = partial(self._forward, block.forward, below=number <= num_layers, top=number == num_layers)
@@ -37,13 +37,13 @@ class Lowest:
                 whole = output if isinstance(output, tuple) else (output,)
                 if any(part is not None for part in whole[1:]):
                     raise TypeError("its blocks return more than hidden states")
-                self.packing = len(whole) if isinstance(output, tuple) else None
+                self.num_returned = len(whole) if isinstance(output, tuple) else None
                 self.state = whole[0] if top else None
             return output
         state = args[0] if args else options.get("hidden_states")
         if self.mode == "above" and top:
             state = self.state
-        return state if self.packing is None else (state, *[None] * (self.packing - 1))
+        return state if self.num_returned is None else (state, *[None] * (self.num_returned - 1))
 
     @contextmanager
     def _in(self, mode: str, state: torch.Tensor | None) -> Iterator[None]:
@@ -69,7 +69,8 @@ def lowest_states(
     with backbone.lowest.alone():
         backbone(input_ids, mask, token_type_ids)
         found: torch.Tensor = backbone.lowest.state
-    return found
+    packing = backbone.packing(mask)
+    return found if packing is None else packing.unpack(found)
 
 
 def skip_lowest(backbone: Backbone, num_layers: int, layers: Sequence[int]) -> None:

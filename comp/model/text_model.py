@@ -60,8 +60,15 @@ class TextModel(nn.Module):
         self.heads = nn.ModuleDict({name: build_head(head, pooler.out_features, std) for name, head in heads.items()})
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        lower = {} if self.lower is None else {"lower": self.lower(batch)}
-        hidden = self.backbone(batch.input_ids, batch.mask, batch.token_type_ids, layers=self.pooler.layers, **lower)
+        lower = None if self.lower is None else self.lower(batch)
+        hidden = self.backbone(
+            batch.input_ids,
+            batch.mask,
+            batch.token_type_ids,
+            layers=self.pooler.layers,
+            lower=lower,
+            lengths=batch.lengths,
+        )
         device = batch.input_ids.device.type
         # Pooler, heads and losses stay in float32 under autocast: they are cheap, and half precision costs digits.
         with torch.autocast(device, enabled=self.pooler.half_precision and torch.is_autocast_enabled(device)):

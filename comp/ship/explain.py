@@ -202,7 +202,10 @@ class _Row:
     def _outputs(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Return what is explained (n, K) at n points, word embeddings (n, P, T, H) of the row's P pieces."""
         batch = _tiled(self.batch, len(embeddings))
-        with _instead(self.model.backbone.model.get_input_embeddings(), batch.input_ids, embeddings.flatten(0, 1)):
+        table, whole = self.model.backbone.model.get_input_embeddings(), embeddings.flatten(0, 1)
+        packing = self.model.backbone.packing(batch.mask)
+        own = (batch.input_ids, whole) if packing is None else (packing.pack(batch.input_ids), packing.pack(whole))
+        with _instead(table, *own):
             logits = self.model(batch)[self.run.task.name].float()
         kind = self.run.task.kind
         if self.run.task.loss.name == "ordinal":  # expected grade, also where whole ranks are predicted

@@ -222,6 +222,8 @@ class RunRecord:
         limit = CPU_TOKENS if str(self.manifest["runtime"]).startswith("CPU") else GPU_TOKENS
         batches = sorted_batches(self._encoded.lengths[held], max_tokens=limit)
         own, shown = count_tokens(self._encoded, [held[places] for places in batches])
+        if self.config.model.attention == "packed":  # padding that is never computed
+            padded, shown = real, own
         return Padding(real, 1 - real / padded, 1 - real / plain, 1 - own / shown if shown else 0.0)
 
 

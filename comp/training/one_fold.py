@@ -269,6 +269,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         report = compile_backbone(model, parts, longest_window(lesson.all_rows, plan.encoded.lengths, **sizes)[0])
     plan.say(f"fold {fold}: {len(lesson.rows):,} rows to train on, {len(held_out):,} held out, {num_steps:,} steps")
     padding = {"training": stages.padding(plan.encoded), "evaluation": held.padding()}
+    if model.backbone.packs:
+        padding = {name: None if share is None else 0.0 for name, share in padding.items()}
     shares = [f"{share:.1%} of tokens in {name}" for name, share in padding.items() if share is not None]
     plan.say(f"fold {fold}: padding {', '.join(shares)}")
     try:
