@@ -110,6 +110,7 @@ LAYERS = {
     "training/objective.py": 3,
     "training/preflight.py": 3,
     "training/memory.py": 3,
+    "training/covariates.py": 3,
     "training/early.py": 3,
     "training/compiling.py": 3,
     "training/optimism.py": 3,

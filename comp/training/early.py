@@ -5,13 +5,15 @@ function of a mean over rows (`Metric.losses`).
 
 exact: stop when even a perfect rest could not win. What is kept is bit for bit what full evaluation keeps.
 
-race: the rows come in a fixed random order, in blocks that are alike in their targets. After each block a two-sided
-t-test of the mean difference says wins, loses or go on. The question is what all rows would say, not what a population
-would: so the variance is that of a sample without replacement, and where all rows would say that nothing differs, the
-partial sums are a Brownian bridge. The bound is the same number of standard errors at every look (Pocock 1977), such
-that the bridge crosses it with the probability that is asked for, by recursive integration (Armitage, McPherson and
-Rowe 1969). Losses are taken as nearly normal in the mean of a block; a verdict needs ten rows that differ. Blocks are
-strata (targets sorted, one row of each run to every block), which the variance leaves out, to the safe side.
+race: the rows come in a fixed random order, in blocks that are alike in their targets, each look seeing a quarter more
+than the one before. After each a two-sided t-test of the mean difference says wins, loses or go on; the mean is that of
+a regression on what earlier predictions of all rows foretell (covariates.py). The question is what all rows would say,
+not what a population would: so the variance is that of a sample without replacement, and where all rows would say that
+nothing differs, the partial sums are a Brownian bridge. The bound is the same number of standard errors at every look
+(Pocock 1977), such that the bridge crosses it with the probability that is asked for, by recursive integration
+(Armitage, McPherson and Rowe 1969). Losses are taken as nearly normal in the mean of a look; a verdict needs ten rows
+that differ. Blocks are strata (targets sorted, one row of each run to every block), which the variance leaves out, to
+the safe side.
 
 Shapes: N rows, K targets, n rows seen.
 """
@@ -22,15 +24,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from comp.training.covariates import mean_over_all
 
 __all__ = ["Evaluation", "blocks", "bound", "cannot_win", "estimate", "looks_that_decide", "race"]
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
-MOST_LOOKS, LEAST_ROWS = 12, 40  # blocks of an evaluation, rows of a block
+LEAST_ROWS, GROWTH = 40, 1.25  # rows of the first look; rows seen after a look, over those before it
 LEAST_DIFFERENT = 10  # rows that must differ before a t-test is trusted
 NODES = 96
 
@@ -57,26 +62,25 @@ def cannot_win(seen: Floats, best: Floats, *, columns: int = 1, counts: bool = F
     return bool(seen.sum() >= best.sum() * (1 + slack))
 
 
-def estimate(seen: Floats, best: Floats, best_mean: float, num_rows: int) -> float:
-    """Return the mean loss over all N rows, estimated from some: the mean of the best, moved by the difference there.
+def estimate(seen: Floats, best_mean: float, difference: float, num_rows: int) -> float:
+    """Return the mean loss over all N rows, estimated from some: the mean of the best, moved by the mean `difference`.
 
-    `seen` and `best` (n,) are the losses of the same rows. Not below what a perfect rest would give. Without bias for
-    the blocks of a race (the difference estimator of survey sampling: Cochran 1977, chapter 7); rough where `exact`
-    stops, which begins with the rows on which the best is worst.
+    `seen` (n,) are the losses of some rows. Not below what a perfect rest would give. Without bias for the blocks of a
+    race; rough where `exact` stops, which begins with the rows on which the best is worst.
     """
-    return max(best_mean + float((seen - best).mean()), float(seen.sum()) / num_rows)
+    return max(best_mean + difference, float(seen.sum()) / num_rows)
 
 
 # --- the race --------------------------------------------------------------------------------------------------------
 
 
 def blocks(targets: Floats, *, seed: int) -> list[Rows]:
-    """Part N rows into up to 12 random blocks of 40 rows or more, alike in their `targets` (N, K).
+    """Part N rows into random blocks, the first of 40 rows, each a quarter of those before, alike in `targets`.
 
-    Rows are sorted by target (several columns: by the mean of the standardised ones), ties at random; of every run of
-    as many rows as there are blocks each block gets one.
+    `targets` (N, K): rows are sorted by them (several columns: by the mean of the standardised ones), ties at random;
+    of every run of as many rows as there are forties each forty gets one. A block is one forty or more.
     """
-    number = max(1, min(MOST_LOOKS, len(targets) // LEAST_ROWS))
+    number = max(1, len(targets) // LEAST_ROWS)
     draw = np.random.default_rng(seed)
     spread = targets.std(axis=0)
     key = ((targets - targets.mean(axis=0)) / np.where(spread > 0, spread, 1.0)).mean(axis=1)
@@ -86,25 +90,31 @@ def blocks(targets: Floats, *, seed: int) -> list[Rows]:
     for start in range(0, len(order), number):
         run = order[start : start + number]
         block[run] = draw.permutation(number)[: len(run)]
-    return [np.flatnonzero(block == which) for which in range(number)]
+    ends = [1]
+    while ends[-1] < number:
+        ends.append(min(number, max(ends[-1] + 1, int(ends[-1] * GROWTH))))
+    return [np.flatnonzero((block >= start) & (block < end)) for start, end in pairwise([0, *ends])]
 
 
-def race(differences: Floats, num_rows: int, limit: float) -> int:
-    """Return -1 when the new weights lose, 1 when they win, 0 when more rows must be seen.
+def race(
+    differences: Floats, places: Rows, num_rows: int, limit: float, known: Floats | None = None
+) -> tuple[int, float]:
+    """Return -1 when the new weights lose, 1 when they win, 0 when more rows must be seen; and the mean difference.
 
-    `differences` (n,): loss of the new weights less that of the best, of n of `num_rows` rows; `limit`: `bound`.
+    `differences` (n,): loss of the new weights less that of the best, of the rows at `places` (n,) of N; `limit`:
+    `bound`; `known` (N, F): covariates of all rows. The mean difference is that of all N rows, as estimated.
     """
     from scipy.special import ndtr, stdtrit
 
-    seen = len(differences)
-    if np.count_nonzero(differences) < LEAST_DIFFERENT or seen >= num_rows:
-        return 0
-    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
-    error = spread * math.sqrt((1 - seen / num_rows) / seen)
+    if len(differences) < 2:
+        return 0, float(differences.mean())
+    mean, error, freedom = mean_over_all(differences, places, num_rows, known)
+    if np.count_nonzero(differences) < LEAST_DIFFERENT or len(differences) >= num_rows:
+        return 0, mean
     # so many of Student's standard errors as are as rare as `limit` of the normal law's
-    if abs(mean) <= error * float(stdtrit(seen - 1, ndtr(limit))):
-        return 0
-    return 1 if mean < 0 else -1
+    if abs(mean) <= error * float(stdtrit(freedom, ndtr(limit))):
+        return 0, mean
+    return (1 if mean < 0 else -1), mean
 
 
 def looks_that_decide(sizes: Sequence[int], most_percent: float) -> tuple[int, ...]:

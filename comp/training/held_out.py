@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import save_weights, step_of
+from comp.training.covariates import covariates_of
 from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
 from comp.training.predict import Predictions, batch_tokens_of, predict
 from comp.training.ranks import ALONE, OneRank
@@ -78,6 +80,8 @@ class HeldOut:
         self.last_mean: float | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
         """On the CPU, while the best has rows that are not scored: a later race may want them."""
+        self.foretold: NDArray[np.float64] | None = None
+        """Of a race: the latest predictions (N, K) of the first task that cover all rows."""
         self.num_scored = 0
         """Rows predicted in evaluations."""
 
@@ -111,13 +115,13 @@ class HeldOut:
         returned as better, estimate or not.
         """
         self.last, self.last_mean = self._nothing(), None
-        verdict = 0
+        verdict, difference = 0, 0.0
         for places in self._order():
             self._add(self.last, places)
             if not all(np.isfinite(values[places]).all() for values in self.last.values.values()):
                 return Evaluation(float("nan"), best_score)
             if not full and self.decide != "full" and self.best is not None:
-                verdict = self._verdict(places)
+                verdict, difference = self._verdict(places)
             if verdict:
                 break
         self.history.append(self.last.values[self.tasks[0].name].astype(np.float32))
@@ -125,11 +129,12 @@ class HeldOut:
             known = self._complete(best_score)
             if known is not None and not np.isfinite(known):  # on rows that a race had not come to
                 return Evaluation(float("nan"), best_score)
+            if self.decide == "race":
+                self.foretold = self.last.values[self.tasks[0].name]
             return Evaluation(self._score(self.last), known)
-        assert best_score is not None
-        seen, new, best = self._seen_losses()
-        assert self.best_mean is not None
-        self.last_mean = estimate(new, best, self.best_mean, len(self.rows))
+        assert best_score is not None and self.best_mean is not None
+        seen, new, _ = self._seen_losses()
+        self.last_mean = estimate(new, self.best_mean, difference, len(self.rows))
         score = METRICS[self.metrics[0]].of_mean(self.last_mean)
         wins = is_better(self.metrics[0], score, best_score)
         if verdict < 0 and wins:  # by a rounding
@@ -143,24 +148,38 @@ class HeldOut:
         losses, lengths = self._losses(self.best, np.arange(len(self.rows))), self.encoded.lengths[self.rows]
         return sorted(self.looks, key=lambda places: -float(losses[places].sum() / lengths[places].sum()))
 
-    def _verdict(self, places: NDArray[np.int64]) -> int:
-        """Return -1 when the latest weights lose, 1 when they win, 0 when more rows are needed; `places` are new."""
+    def _verdict(self, places: NDArray[np.int64]) -> tuple[int, float]:
+        """Return -1 when the latest weights lose, 1 when they win, 0 when more rows are needed; `places` are new.
+
+        Then their mean loss less that of the best, over all rows, as far as it is known.
+        """
         assert self.best is not None
         if self.decide == "race" and np.isnan(self.best.values[self.tasks[0].name][places]).any():
             with self._best_in():
                 self._add(self.best, places)
         seen, new, best = self._seen_losses()
         if len(seen) == len(self.rows):
-            return 0
+            return 0, float((new - best).mean())
         if self.decide == "race":
             ends, number = looks_that_decide([len(look) for look in self.looks], self.race_percent), len(self.rows)
-            found = race(new - best, number, bound(tuple(end / number for end in ends), self.error_rate))
+            limit = bound(tuple(end / number for end in ends), self.error_rate)
+            found, difference = race(new - best, seen, number, limit, self._covariates())
             if found == 0 and self.race_percent < 100 and len(seen) >= ends[-1]:
-                found = 1 if (new - best).sum() < 0 else -1
-            return found
+                found = 1 if difference < 0 else -1
+            return found, difference
         metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
         everything = self._losses(self.best, np.arange(len(self.rows)))
-        return -int(cannot_win(new, everything, columns=columns, counts=metric.counts))
+        lost = cannot_win(new, everything, columns=columns, counts=metric.counts)
+        return -int(lost), float((new - best).mean())
+
+    def _covariates(self) -> NDArray[np.float64] | None:
+        """Return what the latest predictions of all rows say of each (N, F)."""
+        if self.foretold is None:
+            return None
+        task = self.tasks[0]
+        targets = self.targets[task.name].astype(np.float64)
+        losses_of = partial(row_losses, self.metrics[0], targets, kind=task.kind)
+        return covariates_of(self.foretold.astype(np.float64), targets, losses_of, task.kind)
 
     def _seen_losses(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Return the places that the latest weights are scored on, and there their losses and those of the best."""
@@ -319,7 +338,9 @@ class HeldOut:
         """Return the predictions that the end of the fold needs."""
         kept = {"best": self.best, "last": self.last}
         history = [torch.from_numpy(values) for values in self.history]
+        foretold = None if self.foretold is None else torch.from_numpy(self.foretold)
         race = {"best_mean": self.best_mean, "best_weights": self.best_weights, "num_scored": self.num_scored}
+        race |= {"foretold": foretold}
         return {"history": history, "race": race} | {
             kind: {name: torch.from_numpy(values) for name, values in found.values.items()}
             for kind, found in kept.items()
@@ -335,6 +356,8 @@ class HeldOut:
         }
         race = state_dict["race"]
         self.best_mean, self.best_weights, self.num_scored = race["best_mean"], race["best_weights"], race["num_scored"]
+        foretold = race.get("foretold")  # None, or of a run that was stopped before there was one
+        self.foretold = None if foretold is None else foretold.numpy()
         self.history = [values.numpy() for values in state_dict["history"]]
         self.best, self.last = kept.get("best"), kept.get("last")
 
