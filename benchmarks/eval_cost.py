@@ -1,7 +1,7 @@
 """What evaluations cost a run, and what deciding them early saves: MiniLM on CLEAR, one fold, alternating.
 
-    python benchmarks/eval_cost.py                                       # 10 seeds of 1,000 rows: two hours on two cores
-    python benchmarks/eval_cost.py --rows 60 --seeds 1 --try             # does it work? writes no result
+    python benchmarks/eval_cost.py                             # 10 seeds of 1,000 rows: over an hour on two cores
+    python benchmarks/eval_cost.py --rows 60 --seeds 1 --try   # does it work? writes no result
 
 For each seed the same fold (a fifth of the rows held out) is trained with a single evaluation at the end (none), and
 with 20 evaluations an epoch by evaluation.decide full, exact and race, and by a race with evaluation.race_percent.

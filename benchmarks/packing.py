@@ -1,6 +1,6 @@
 """What texts laid end to end save: MiniLM on CLEAR's passages and Rotten Tomatoes' sentences, alternating.
 
-    python benchmarks/packing.py                      # three rounds, a quarter of an hour on two cores
+    python benchmarks/packing.py                      # three rounds, ten minutes on two cores
     python benchmarks/packing.py --share 0.1 --try    # does it work? writes no result
 
 An epoch of training in batches of 16 rows, forward and backward, and a prediction of the same rows in batches of 2,048
@@ -33,7 +33,7 @@ from comp.ship.demo import find_reviews, read_reviews
 from comp.training.predict import predict
 
 RESULT = ROOT / "benchmarks" / "results" / "packing.md"
-ROWS = {"CLEAR": 250, "Rotten Tomatoes": 1500}
+ROWS = {"CLEAR": 160, "Rotten Tomatoes": 960}
 WAYS = (("blocked", True), ("blocked", False), ("packed", True), ("packed", False))
 NAMES = {True: "by length", False: "as shuffled"}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -32,15 +33,18 @@ from comp.lock import hold
 from comp.pipeline_file import Call, Pipeline
 from comp.runs import RUNS, now, read_json, write_json
 
-__all__ = ["StepFailed", "run_pipeline"]
+__all__ = ["StepFailed", "run_pipeline", "stop_with"]
 
 OWN_FOLDERS = ("runs", "pseudo", "blends", "bundles", "searches")
 """Where commands make folders that they do not replace unasked: what a step left there goes when it is done anew."""
 FOLDS = "folds"
 TOLD_ONLY = ("manifest.json", "done.json", "metrics.jsonl", "evaluations.parquet", "groups.txt", "blend.json")
 """Files that hold times of day or of work: they must be there, but no later step depends on what is in them."""
-LAUNCH = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.argv[:] = ['comp', *sys.argv[2:]]; "
-LAUNCH += "from comp.cli import main; main()"
+LAUNCH = (
+    "import json, sys; line, paths, *words = sys.argv[1:]; sys.path[:] = json.loads(paths); "
+    "sys.argv[:] = ['comp', *words]; from comp.pipeline import stop_with; stop_with(int(line)); "
+    "from comp.cli import main; main()"
+)
 Say: TypeAlias = Callable[[str], None]
 Launch: TypeAlias = Callable[[Sequence[str]], int]
 Record: TypeAlias = dict[str, Any]
@@ -272,10 +276,16 @@ def _run(call: Call, earlier: Sequence[Call], entering: Record, state: State, la
 
 
 def in_process(words: Sequence[str]) -> int:
-    """Run a command line of comp in a process of its own, which gets SIGTERM and Ctrl-C; return its exit status."""
+    """Run a command line of comp in a process of its own, which gets SIGTERM and Ctrl-C; return its exit status.
+
+    When this process is killed, so that it can pass nothing on, the other stops by itself.
+    """
+    line, ours = os.pipe()  # nobody writes to it; it ends with this process
+    paths = json.dumps([str(path) for path in sys.path])
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, json.dumps([str(path) for path in sys.path]), *words], start_new_session=True
+        [sys.executable, "-c", LAUNCH, str(line), paths, *words], start_new_session=True, pass_fds=(line,)
     )
+    os.close(line)
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGINT) if main else ()
     before = {number: signal.signal(number, lambda number, frame: process.send_signal(number)) for number in numbers}
@@ -284,4 +294,15 @@ def in_process(words: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(ours)
     return 128 - status if status < 0 else status
+
+
+def stop_with(line: int) -> None:
+    """Send this process SIGTERM when the pipe `line` ends, because whoever held its other end is gone."""
+
+    def wait() -> None:
+        os.read(line, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -340,6 +340,24 @@ def test_a_stop_reaches_the_step(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+def test_a_step_stops_when_its_pipeline_is_killed(tmp_path: Path) -> None:
+    """Nothing can be passed on at SIGKILL: the step itself sees that nobody is left, and stops as at SIGTERM."""
+    code = (
+        "import sys; from comp import pipeline; "
+        'pipeline.LAUNCH = "import os, signal, sys, time; from comp.pipeline import stop_with; '
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True))); "
+        "stop_with(int(sys.argv[1])); print('up', flush=True); time.sleep(60)\"; "
+        "sys.exit(pipeline.in_process(['train']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    process.kill()
+    started = time.monotonic()
+    assert process.stdout.readline() == b"stopped\n" and time.monotonic() - started < 30
+    process.wait()
+    process.stdout.close()
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 ONE = "name: two\nsteps:\n  - {{name: a, command: {0}}}\n"

@@ -58,7 +58,7 @@ def test_two_processes_are_one(isolated: Path, tiny_competition: Callable[..., T
         "modernbert": (
             "modernbert",
             {
-                "model": {"pooler": {"name": "weighted_layers"}, "gradient_checkpointing": True},
+                "model": {"pooler": {"name": "weighted_layers"}, "gradient_checkpointing": True, "attention": "packed"},
                 "stability": {"prior_decay": 0.1, "reinit_layers": 1},
                 "groups": {"layout": "llrd", "decay": 0.9},
                 "optimizer": {"name": "radam", "clip_norm": 0.1},

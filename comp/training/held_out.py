@@ -339,8 +339,12 @@ class HeldOut:
         kept = {"best": self.best, "last": self.last}
         history = [torch.from_numpy(values) for values in self.history]
         foretold = None if self.foretold is None else torch.from_numpy(self.foretold)
-        race = {"best_mean": self.best_mean, "best_weights": self.best_weights, "num_scored": self.num_scored}
-        race |= {"foretold": foretold}
+        race = {
+            "best_mean": self.best_mean,
+            "best_weights": self.best_weights,
+            "num_scored": self.num_scored,
+            "foretold": foretold,
+        }
         return {"history": history, "race": race} | {
             kind: {name: torch.from_numpy(values) for name, values in found.values.items()}
             for kind, found in kept.items()
