@@ -39,28 +39,32 @@ def test_what_is_packed_comes_back_with_its_gradient() -> None:
     padded = torch.randn(3, width, 5, dtype=torch.float64, requires_grad=True)
     packed = packing.pack(padded)
     assert packed.shape == (1, 7, 5)
-    assert torch.equal(packed[0], torch.cat([padded[row, :length] for row, length in enumerate(lengths)]))
+    assert torch.equal(packed[0], torch.cat([padded[row, : lengths[row]] for row in (1, 0, 2)])), "longest first"
     found = packing.unpack(packed)
     assert torch.equal(found[0, :2], padded[0, :2]) and not found[0, 2:].any() and not found[2, 1:].any()
-    assert packing.places.tolist() == [0, 1, 0, 1, 2, 3, 0]
+    assert packing.places.tolist() == [0, 1, 2, 3, 0, 1, 0] and packing.lengths == (4, 2, 1)
     assert torch.autograd.gradcheck(lambda own: packing.unpack(packing.pack(own)), [padded])
     whole = Packing((4, 4, 4), width, torch.device("cpu"))
     assert torch.equal(whole.unpack(whole.pack(padded)), padded)
 
 
 @pytest.mark.parametrize("window", [None, 2, 4, 20])
-@pytest.mark.parametrize("scores", [1, 100, 10**6])
-def test_each_text_attends_to_itself_alone(scores: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SCORES", scores)
+@pytest.mark.parametrize("call", [0, 40, 10**6])
+@pytest.mark.parametrize("lengths", [LENGTHS, (7, 5, 5, 3, 3, 1), (6, 6), (9, 2, 1)])
+def test_each_text_attends_to_itself_alone(
+    lengths: tuple[int, ...], call: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "CALL", call)
+    attention._groups.cache_clear()
     draw = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(1, sum(LENGTHS), 3, 4, generator=draw, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        torch.randn(1, sum(lengths), 3, 4, generator=draw, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for _ in range(3)
     ]
 
     def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         found = []
-        for q, k, v in zip(*(own.split(LENGTHS, dim=2) for own in (query, key, value)), strict=True):
+        for q, k, v in zip(*(own.split(lengths, dim=2) for own in (query, key, value)), strict=True):
             scores = q @ k.transpose(-1, -2) * 0.3
             places = torch.arange(q.shape[2])
             if window is not None:
@@ -68,7 +72,8 @@ def test_each_text_attends_to_itself_alone(scores: int, window: int | None, monk
             found.append(torch.softmax(scores, -1) @ v)
         return torch.cat(found, 2).transpose(1, 2)
 
-    own = packed_attention(*inputs, LENGTHS, scaling=0.3, window=window)
+    own = packed_attention(*inputs, lengths, scaling=0.3, window=window)
+    attention._groups.cache_clear()
     wanted = plain(*inputs)
     given = torch.randn(wanted.shape, generator=draw, dtype=torch.float64)
     assert own.shape == wanted.shape

@@ -15,9 +15,12 @@ Shapes: B texts, H heads, T queries, S keys, D numbers a head, N tokens of packe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -26,6 +29,7 @@ __all__ = ["BLOCKED", "PACKED", "blocked_attention", "packed_attention"]
 
 BLOCKED, PACKED = "blocked", "packed"
 SCORES = 500_000  # numbers of a block: 2 MB in float32, about the second cache of two cores
+CALL = 35_000  # scores of a head that take as long as a call more
 
 
 def blocked_attention(
@@ -60,21 +64,63 @@ def packed_attention(
     """Return attention within each of the texts laid end to end, (1, N, H, E).
 
     `query` and `key` (1, H, N, D), `value` (1, H, N, E); `lengths`: tokens of each text, N together; `window`: tokens
-    attend to those less than so far away, None = to all of their text. Neighbours of one length go together.
+    attend to those less than so far away, None = to all of their text. Neighbours of like lengths go together, padded
+    to the longest of them here alone.
     """
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
-    parts = [own.split([length * many for length, many in runs], dim=2) for own in (query, key, value)]
+    groups = _groups(tuple(lengths), window, query.device)
+    parts = [own.split([group.tokens for group in groups], dim=2) for own in (query, key, value)]
     found = []
-    for (length, many), *own in zip(runs, *parts, strict=True):
-        mask = None
-        if window is not None and length > window:
-            places = torch.arange(length, device=query.device)
-            near = (places[:, None] - places).abs() < window
-            mask = torch.zeros(1, 1, length, length, device=query.device).masked_fill(~near, float("-inf"))
-        q, k, v = (part[0].unflatten(1, (many, length)).transpose(0, 1) for part in own)
-        output = blocked_attention(q, k, v, mask, scaling=scaling, dropout=dropout)
-        found.append(output.transpose(1, 2).flatten(0, 1))
+    for group, *own in zip(groups, *parts, strict=True):
+        if group.pad is not None:
+            own = [part.index_select(2, group.pad) for part in own]
+        q, k, v = (part[0].unflatten(1, group.shape).transpose(0, 1) for part in own)
+        output = blocked_attention(q, k, v, group.mask, scaling=scaling, dropout=dropout).transpose(1, 2).flatten(0, 1)
+        found.append(output if group.real is None else output.index_select(0, group.real))
     return (torch.cat(found) if len(found) > 1 else found[0])[None]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Neighbouring texts that attend in one call."""
+
+    tokens: int
+    shape: tuple[int, int]
+    """Texts, tokens of the longest."""
+    pad: torch.Tensor | None
+    """Where among the group's tokens each place of the padded texts comes from; None = no padding."""
+    real: torch.Tensor | None
+    """Which of those places are tokens."""
+    mask: torch.Tensor | None
+
+
+@lru_cache(maxsize=4)  # every block of a pass asks for the same
+def _groups(lengths: tuple[int, ...], window: int | None, device: torch.device) -> list[_Group]:
+    cuts, longest = [0], lengths[0]
+    for place, length in enumerate(lengths):
+        # what the rest saves when it is not padded to the longest, against a call more; other orders cost time only
+        if length > longest or (len(lengths) - place) * (longest**2 - length**2) > CALL:
+            cuts.append(place)
+            longest = length
+    found = []
+    for start, stop in pairwise([*cuts, len(lengths)]):
+        own = np.array(lengths[start:stop])
+        shape, places = (len(own), int(own.max())), np.arange(own.max())
+        inside = places < own[:, None]
+        pad = real = mask = None
+        if not inside.all():
+            pad = torch.from_numpy(np.where(inside, np.cumsum(own)[:, None] - own[:, None] + places, 0).ravel()).to(
+                device
+            )
+            real = torch.from_numpy(np.flatnonzero(inside)).to(device)
+        seen = inside[:, None, None, :]
+        if window is not None and shape[1] > window:
+            seen = seen & (np.abs(places[:, None] - places) < window)
+        if not seen.all():
+            mask = (
+                torch.zeros(seen.shape).masked_fill(~torch.from_numpy(seen), torch.finfo(torch.float32).min).to(device)
+            )
+        found.append(_Group(int(own.sum()), shape, pad, real, mask))
+    return found
 
 
 def _blocks(shape: tuple[int, int, int, int]) -> Iterator[tuple[slice, slice]]:

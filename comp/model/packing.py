@@ -18,21 +18,22 @@ __all__ = ["Packing"]
 
 
 class Packing:
-    """Where the tokens of a padded batch (P, T) lie, padded on the right, when they are laid end to end.
+    """Where the tokens of a padded batch (P, T) lie, padded on the right, when they are laid end to end, longest first.
 
     `lengths` (P,): tokens of each piece, on the host, so that no device is waited for.
     """
 
     def __init__(self, lengths: Sequence[int], width: int, device: torch.device) -> None:
-        self.lengths = tuple(lengths)
-        self.shape = len(self.lengths), width
-        counts = np.array(self.lengths, np.int64)
+        self.shape = len(lengths), width
+        order = np.argsort(-np.array(lengths, np.int64), kind="stable")  # neighbours of like lengths attend together
+        counts = np.array(lengths, np.int64)[order]
+        self.lengths = tuple(counts.tolist())
         places = np.concatenate([np.arange(count) for count in counts])
         self.places = torch.from_numpy(places).to(device, non_blocking=True)
         """(N,) place of each token in its piece."""
         self._index = self.places
         if len(counts) > 1:
-            starts = np.repeat(np.arange(len(counts)) * width, counts)
+            starts = np.repeat(order * width, counts)
             self._index = torch.from_numpy(starts + places).to(device, non_blocking=True)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,7 @@ class Packing:
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """Return (P, T, ...), 0 where there is padding, of (1, N, ...)."""
         rows, width = self.shape
-        if packed.shape[1] == rows * width:
+        if packed.shape[1] == rows * width:  # of one length, and so in their own order
             return packed[0].unflatten(0, self.shape)
         padded = packed.new_zeros(rows * width, *packed.shape[2:])
         return padded.index_copy(0, self._index, packed[0]).unflatten(0, self.shape)
