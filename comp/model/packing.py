@@ -43,10 +43,10 @@ class Packing:
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """Return (P, T, ...), 0 where there is padding, of (1, N, ...)."""
         rows, width = self.shape
-        if packed.shape[1] == rows * width:  # of one length, and so in their own order
-            return packed[0].unflatten(0, self.shape)
-        padded = packed.new_zeros(rows * width, *packed.shape[2:])
-        return padded.index_copy(0, self._index, packed[0]).unflatten(0, self.shape)
+        whole = packed[0]
+        if packed.shape[1] < rows * width:
+            whole = packed.new_zeros(rows * width, *packed.shape[2:]).index_copy(0, self._index, whole)
+        return whole.unflatten(0, self.shape).clone()  # FSDP warns of a view
 
     def inputs(self, first_position: int, **padded: torch.Tensor) -> dict[str, Any]:
         """Return what an encoder is called with: the packed inputs, (1, N), their positions, and their lengths."""

@@ -17,6 +17,7 @@ they have unlike numbers of rows.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -37,6 +38,7 @@ __all__ = ["ALONE", "OneRank", "Ranks", "asked_for", "join"]
 Rows: TypeAlias = NDArray[np.int64]
 Gather: TypeAlias = Callable[[torch.Tensor, int], tuple[torch.Tensor, int]]
 PATIENCE = timedelta(hours=12)  # the others wait for rank 0 while it reads and tokenizes
+LET_GO = 0.2  # seconds for gloo's threads, in the end
 BUCKET = 2**24  # numbers that are summed at a time
 
 
@@ -262,4 +264,6 @@ def join() -> Iterator[Ranks]:
     try:
         yield Ranks()
     finally:
+        # A thread of gloo that still holds the tensors of the last call would abort the interpreter at its end.
+        time.sleep(LET_GO)
         torch.distributed.destroy_process_group()
