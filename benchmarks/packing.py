@@ -59,8 +59,8 @@ def measure(name: str, texts: Sequence[str], rounds: int) -> list[str]:
     """Return the rows of the table for one set of texts."""
     tokenizer = load_tokenizer(BACKBONE)
     encoded = encode(tokenizer, (list(texts),), max_length=256, cache=None)
-    options = {"pooler": {"name": "mean"}, "heads": {"target": 1}, "max_length": 256}
-    model = build_model(BACKBONE, tokenizer, pretrained=True, dropout=0.0, **options)  # type: ignore[arg-type]
+    pooler, heads = {"name": "mean"}, {"target": 1}
+    model = build_model(BACKBONE, tokenizer, pretrained=True, pooler=pooler, heads=heads, max_length=256, dropout=0.0)
     took: dict[tuple[str, bool], list[tuple[float, float]]] = {way: [] for way in WAYS}
     predicted: dict[str, list[float]] = {"sdpa": [], "blocked": [], "packed": []}
     values: dict[str, np.ndarray] = {}

@@ -263,6 +263,21 @@ def test_the_error_rate_is_kept_with_covariates(metric: str) -> None:
     assert np.mean(np.array(verdicts) < 0) < rate + slack
 
 
+@pytest.mark.parametrize(("metric", "kind"), [(name, kind) for name in SUMS for kind in METRICS[name].kinds])
+def test_every_metric_of_a_race_has_covariates(metric: str, kind: str) -> None:
+    draw, shape = np.random.default_rng(0), (80, 3 if kind == "multilabel" else 1)
+    values, targets = draw.normal(size=shape), draw.normal(size=shape)
+    if kind == "ordinal":
+        values, targets = (draw.integers(1, 6, shape).astype(float) for _ in range(2))
+    elif kind != "regression":
+        values, targets = draw.random(shape), draw.integers(0, 2, shape).astype(float)
+    if kind == "multiclass":
+        values = draw.dirichlet(np.ones(4), 80)
+    losses_of = partial(row_losses, metric, targets, kind=kind)
+    known = covariates_of(values, targets, losses_of, kind)
+    assert known.shape == (80, 7) and np.isfinite(known).all() and np.array_equal(known[:, 0], losses_of(values))
+
+
 @pytest.mark.parametrize("classes", [2, 4, 9])
 def test_covariates_of_classes(classes: int) -> None:
     draw = np.random.default_rng(0)

@@ -84,6 +84,16 @@ def test_each_text_attends_to_itself_alone(
         torch.testing.assert_close(ours, theirs)
 
 
+def test_an_evaluation_of_the_same_lengths_may_come_before_training() -> None:
+    attention._groups.cache_clear()
+    inputs = [torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3)]
+    for window in (None, 2):
+        with torch.inference_mode():
+            packed_attention(*inputs, (4, 3, 2), window=window)
+        packed_attention(*inputs, (4, 3, 2), window=window).sum().backward()
+    assert all(own.grad is not None for own in inputs)
+
+
 # --- in models -------------------------------------------------------------------------------------------------------
 
 

@@ -324,38 +324,37 @@ def test_two_stages_from_training_to_submission(here: Path, call: Callable[..., 
     assert "optimizer.lr 2e-05 -> 0.001" in out
 
 
+def step_of_a_pipeline(folder: Path, code: str) -> subprocess.Popen[bytes]:
+    """Start a process that supervises a step, which runs `code` and says "up"; return it when it is."""
+    launch = f"{code}; print('up', flush=True); time.sleep(60)"
+    command = (
+        f"import sys; from comp import pipeline; pipeline.LAUNCH = {launch!r}; sys.exit(pipeline.in_process(['x']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, cwd=folder)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    return process
+
+
 def test_a_stop_reaches_the_step(tmp_path: Path) -> None:
     """The step is a process that leaves of SIGTERM with a status of its own."""
-    code = (
-        "import sys; from comp import pipeline; "
-        'pipeline.LAUNCH = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(9)); '
-        "print('up', flush=True); time.sleep(60)\"; "
-        "sys.exit(pipeline.in_process(['train']))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path)
-    assert process.stdout is not None and process.stdout.readline() == b"up\n"
-    time.sleep(0.2)  # the handler is set right after the step has started
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(20) == 9
-    process.stdout.close()
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))"
+    with step_of_a_pipeline(tmp_path, code) as process:
+        time.sleep(0.2)  # the handler is set right after the step has started
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(20) == 9
 
 
 def test_a_step_stops_when_its_pipeline_is_killed(tmp_path: Path) -> None:
     """Nothing can be passed on at SIGKILL: the step itself sees that nobody is left, and stops as at SIGTERM."""
     code = (
-        "import sys; from comp import pipeline; "
-        'pipeline.LAUNCH = "import os, signal, sys, time; from comp.pipeline import stop_with; '
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True))); "
-        "stop_with(int(sys.argv[1])); print('up', flush=True); time.sleep(60)\"; "
-        "sys.exit(pipeline.in_process(['train']))"
+        "import signal, sys, time; from comp.pipeline import stop_with; stop_with(int(sys.argv[1])); "
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('stopped', flush=True)))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path)
-    assert process.stdout is not None and process.stdout.readline() == b"up\n"
-    process.kill()
-    started = time.monotonic()
-    assert process.stdout.readline() == b"stopped\n" and time.monotonic() - started < 30
-    process.wait()
-    process.stdout.close()
+    with step_of_a_pipeline(tmp_path, code) as process:
+        process.kill()
+        started = time.monotonic()
+        assert process.stdout is not None and process.stdout.readline() == b"stopped\n"
+        assert time.monotonic() - started < 30
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class _Group:
 
 
 @lru_cache(maxsize=4)  # every block of a pass asks for the same
+@torch.inference_mode(mode=False)  # a training pass may get what an evaluation of the same lengths made
 def _groups(lengths: tuple[int, ...], window: int | None, device: torch.device) -> list[_Group]:
     cuts, longest = [0], lengths[0]
     for place, length in enumerate(lengths):
