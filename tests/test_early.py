@@ -428,9 +428,43 @@ def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[
     config = config_of(evaluation={"every": "1 steps", "decide": "race", "race_percent": 40})
     own, done, lines = run(config, "race", save_every="never")
     assert len(lines) == 10
-    assert lines[0]["valid/rows"] == lines[-1]["valid/rows"] == 1
-    assert all(line["valid/rows"] <= 0.4 for line in lines[1:-1])
+    assert lines[-1]["valid/rows"] == lines[-1]["valid/best_rows"] == 1
+    assert all(line["valid/rows"] <= 0.4 for line in lines[:-1]), "the first is one of them"
     rows = pd.read_parquet(own.oof)
+    assert rows.notna().all(axis=None) and len(rows) == 60
+    score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())
+    assert done["best"] == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize(("errors", "scored"), [((1, 0.2), 72), ((0.2, 1), 120), ((1, 1), 120)])
+def test_what_the_last_weights_surely_beat_is_not_scored_to_the_end(
+    errors: tuple[float, float],
+    scored: int,
+    config_of: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The best so far, of a capped race, has rows that are not scored; whether the last weights win may take none."""
+    known: list[bytes] = []
+
+    def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in own.model.state_dict().values())
+        if weights not in known:
+            known.append(weights)
+        at = known.index(weights)
+        draw = np.random.default_rng(at)
+        noise = draw.choice([-1.0, 1.0], (120, 1)) + draw.normal(0, 0.1, (120, 1))
+        truth = np.full((120, 1), np.nan)
+        truth[own.rows] = own.targets["main"]
+        return {"main": truth[rows] + errors[at] * noise[rows]}
+
+    monkeypatch.setattr(HeldOut, "_values", values)
+    config = config_of(evaluation={"every": "5 steps", "decide": "race", "race_percent": 20})
+    own, done, lines = run(config, "race", save_every="never")
+    assert [line["valid/rows"] for line in lines] == [0.2, 1] and len(known) == 2
+    assert round(done["rows_scored"] * 2 * 60) == scored
+    assert done["best_step"] == 5 if errors[0] < errors[1] else done["best"] <= done["last"]
+    rows = pd.read_parquet(own.oof)
+    assert rows.notna().all(axis=None)
     score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())
     assert done["best"] == pytest.approx(score, rel=1e-6)
 

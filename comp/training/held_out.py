@@ -116,7 +116,7 @@ class HeldOut:
         """
         self.last, self.last_mean = self._nothing(), None
         verdict, difference = 0, 0.0
-        for places in self._order():
+        for places in self._order(full):
             self._add(self.last, places)
             if not all(np.isfinite(values[places]).all() for values in self.last.values.values()):
                 return Evaluation(float("nan"), best_score)
@@ -125,24 +125,33 @@ class HeldOut:
             if verdict:
                 break
         self.history.append(self.last.values[self.tasks[0].name].astype(np.float32))
+        share = self._share(self.last)
+        if not verdict and share < 1:  # the first, of a race that is capped
+            self.last_mean = float(self._losses(self.last, self._seen(self.last)).mean())
+            return Evaluation(METRICS[self.metrics[0]].of_mean(self.last_mean), best_score, share)
         if not verdict:
+            if self.decide == "race":
+                self.foretold = self.last.values[self.tasks[0].name]
             known = self._complete(best_score)
             if known is not None and not np.isfinite(known):  # on rows that a race had not come to
                 return Evaluation(float("nan"), best_score)
-            if self.decide == "race":
-                self.foretold = self.last.values[self.tasks[0].name]
             return Evaluation(self._score(self.last), known)
         assert best_score is not None and self.best_mean is not None
-        seen, new, _ = self._seen_losses()
+        new = self._losses(self.last, self._seen(self.last))
         self.last_mean = estimate(new, self.best_mean, difference, len(self.rows))
         score = METRICS[self.metrics[0]].of_mean(self.last_mean)
         wins = is_better(self.metrics[0], score, best_score)
         if verdict < 0 and wins:  # by a rounding
             score = best_score
-        return Evaluation(score, best_score, len(seen) / len(self.rows))
+        return Evaluation(score, best_score, share)
 
-    def _order(self) -> list[NDArray[np.int64]]:
-        """Return the looks in the order that decides soonest: exact begins where the best loses most per token."""
+    def _order(self, full: bool) -> list[NDArray[np.int64]]:
+        """Return the looks in the order that decides soonest: exact begins where the best loses most per token.
+
+        The first evaluation has nothing to beat: a capped race needs no more rows of it than of the others.
+        """
+        if self.decide == "race" and self.best is None and not full and self.race_percent < 100:
+            return self.looks[: max(1, len(self._ends(self.race_percent)))]
         if self.decide != "exact" or self.best is None:
             return self.looks
         losses, lengths = self._losses(self.best, np.arange(len(self.rows))), self.encoded.lengths[self.rows]
@@ -153,24 +162,33 @@ class HeldOut:
 
         Then their mean loss less that of the best, over all rows, as far as it is known.
         """
-        assert self.best is not None
+        assert self.best is not None and self.last is not None
         if self.decide == "race" and np.isnan(self.best.values[self.tasks[0].name][places]).any():
             with self._best_in():
                 self._add(self.best, places)
-        seen, new, best = self._seen_losses()
+        seen = self._seen(self.last)
+        new, best = self._losses(self.last, seen), self._losses(self.best, seen)
         if len(seen) == len(self.rows):
             return 0, float((new - best).mean())
         if self.decide == "race":
-            ends, number = looks_that_decide([len(look) for look in self.looks], self.race_percent), len(self.rows)
-            limit = bound(tuple(end / number for end in ends), self.error_rate)
-            found, difference = race(new - best, seen, number, limit, self._covariates())
-            if found == 0 and self.race_percent < 100 and len(seen) >= ends[-1]:
+            found, difference = self._raced(seen, self.race_percent)
+            if found == 0 and self.race_percent < 100 and len(seen) >= self._ends(self.race_percent)[-1]:
                 found = 1 if difference < 0 else -1
             return found, difference
         metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
         everything = self._losses(self.best, np.arange(len(self.rows)))
         lost = cannot_win(new, everything, columns=columns, counts=metric.counts)
         return -int(lost), float((new - best).mean())
+
+    def _raced(self, seen: NDArray[np.int64], most_percent: float) -> tuple[int, float]:
+        """Return what `race` says of the rows at `seen`, which both the latest weights and the best are scored on."""
+        assert self.best is not None and self.last is not None
+        limit = bound(tuple(end / len(self.rows) for end in self._ends(most_percent)), self.error_rate)
+        differences = self._losses(self.last, seen) - self._losses(self.best, seen)
+        return race(differences, seen, len(self.rows), limit, self._covariates())
+
+    def _ends(self, most_percent: float) -> tuple[int, ...]:
+        return looks_that_decide([len(look) for look in self.looks], most_percent)
 
     def _covariates(self) -> NDArray[np.float64] | None:
         """Return what the latest predictions of all rows say of each (N, F)."""
@@ -181,29 +199,40 @@ class HeldOut:
         losses_of = partial(row_losses, self.metrics[0], targets, kind=task.kind)
         return covariates_of(self.foretold.astype(np.float64), targets, losses_of, task.kind)
 
-    def _seen_losses(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return the places that the latest weights are scored on, and there their losses and those of the best."""
-        assert self.best is not None and self.last is not None
-        seen = np.flatnonzero(np.isfinite(self.last.values[self.tasks[0].name]).all(axis=1))
-        return seen, self._losses(self.last, seen), self._losses(self.best, seen)
+    def _seen(self, found: Predictions) -> NDArray[np.int64]:
+        """Return the places that have predictions."""
+        return np.flatnonzero(np.isfinite(found.values[self.tasks[0].name]).all(axis=1))
 
     def _losses(self, found: Predictions, places: NDArray[np.int64]) -> NDArray[np.float64]:
         task = self.tasks[0]
         return row_losses(self.metrics[0], self.targets[task.name][places], found.values[task.name][places], task.kind)
 
     def _complete(self, best_score: float | None) -> float | None:
-        """Score what is left of the best; return its score, which until then was an estimate."""
+        """Score what is left of the best; return its score, which until then was an estimate.
+
+        It stays one where the race says before the end that the latest weights, scored on all rows, win: these are what
+        is kept then.
+        """
         if self.best is None or self.best_weights is None:
             return best_score
+        assert self.last is not None
+        values, metric = self.best.values[self.tasks[0].name], self.metrics[0]
+        score, mean = self._score(self.last), float(self._losses(self.last, np.arange(len(self.rows))).mean())
         with self._best_in():
             for places in self.looks:
-                if np.isnan(self.best.values[self.tasks[0].name][places]).any():
-                    self._add(self.best, places)
+                if not np.isnan(values[places]).any():
+                    continue
+                verdict, difference = self._raced(self._seen(self.best), 100)
+                beaten = METRICS[metric].of_mean(mean - difference)
+                if verdict > 0 and is_better(metric, score, beaten):
+                    self.best_mean = mean - difference
+                    return beaten
+                self._add(self.best, places)
+                if not np.isfinite(values[places]).all():
+                    return float("nan")
         self.best_weights = None
-        score = self._score(self.best)
-        if np.isfinite(score):
-            self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
-        return score
+        self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
+        return self._score(self.best)
 
     def _nothing(self) -> Predictions:
         return Predictions(self.ids[self.rows], {})
