@@ -148,10 +148,12 @@ class HeldOut:
     def _order(self, full: bool) -> list[NDArray[np.int64]]:
         """Return the looks in the order that decides soonest: exact begins where the best loses most per token.
 
-        The first evaluation has nothing to beat: a capped race needs no more rows of it than of the others.
+        Where nothing is decided all rows come at once, which wastes least; but the first evaluation of a capped race,
+        which has nothing to beat, needs no more of them than the others.
         """
-        if self.decide == "race" and self.best is None and not full and self.race_percent < 100:
-            return self.looks[: max(1, len(self._ends(self.race_percent)))]
+        if self.decide == "race" and (full or self.best is None):
+            capped = not full and self.race_percent < 100
+            return [np.concatenate(self.looks[: max(1, len(self._ends(self.race_percent)))] if capped else self.looks)]
         if self.decide != "exact" or self.best is None:
             return self.looks
         losses, lengths = self._losses(self.best, np.arange(len(self.rows))), self.encoded.lengths[self.rows]
@@ -219,14 +221,17 @@ class HeldOut:
         values, metric = self.best.values[self.tasks[0].name], self.metrics[0]
         score, mean = self._score(self.last), float(self._losses(self.last, np.arange(len(self.rows))).mean())
         with self._best_in():
-            for places in self.looks:
-                if not np.isnan(values[places]).any():
-                    continue
-                verdict, difference = self._raced(self._seen(self.best), 100)
+            rest = [places for places in self.looks if np.isnan(values[places]).any()]
+            while rest:
+                seen = self._seen(self.best)
+                verdict, difference = self._raced(seen, 100)
                 beaten = METRICS[metric].of_mean(mean - difference)
                 if verdict > 0 and is_better(metric, score, beaten):
                     self.best_mean = mean - difference
                     return beaten
+                places = rest.pop(0)
+                while rest and len(places) + len(rest[0]) <= len(seen):  # twice as many each time: larger batches
+                    places = np.concatenate([places, rest.pop(0)])
                 self._add(self.best, places)
                 if not np.isfinite(values[places]).all():
                     return float("nan")
