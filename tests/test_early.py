@@ -436,14 +436,17 @@ def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[
     assert done["best"] == pytest.approx(score, rel=1e-6)
 
 
-@pytest.mark.parametrize(("errors", "scored"), [((1, 0.2), 72), ((0.2, 1), 120), ((1, 1), 120)])
+@pytest.mark.parametrize(("errors", "scored"), [((1, 0.2), 72), ((0.2, 1), 120), ((1, 1), 72)])
 def test_what_the_last_weights_surely_beat_is_not_scored_to_the_end(
     errors: tuple[float, float],
     scored: int,
     config_of: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The best so far, of a capped race, has rows that are not scored; whether the last weights win may take none."""
+    """The best so far, of a capped race, has rows that are not scored; that the last weights win takes none of them.
+
+    Where it is nearly a tie the estimate says so.
+    """
     known: list[bytes] = []
 
     def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -462,7 +465,7 @@ def test_what_the_last_weights_surely_beat_is_not_scored_to_the_end(
     own, done, lines = run(config, "race", save_every="never")
     assert [line["valid/rows"] for line in lines] == [0.2, 1] and len(known) == 2
     assert round(done["rows_scored"] * 2 * 60) == scored
-    assert done["best_step"] == 5 if errors[0] < errors[1] else done["best"] <= done["last"]
+    assert done["best_step"] == (5 if errors[0] < errors[1] else 10)
     rows = pd.read_parquet(own.oof)
     assert rows.notna().all(axis=None)
     score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())

@@ -153,7 +153,7 @@ class HeldOut:
         """
         if self.decide == "race" and (full or self.best is None):
             capped = not full and self.race_percent < 100
-            return [np.concatenate(self.looks[: max(1, len(self._ends(self.race_percent)))] if capped else self.looks)]
+            return [np.concatenate(self.looks[: max(1, len(self._ends()))] if capped else self.looks)]
         if self.decide != "exact" or self.best is None:
             return self.looks
         losses, lengths = self._losses(self.best, np.arange(len(self.rows))), self.encoded.lengths[self.rows]
@@ -173,24 +173,28 @@ class HeldOut:
         if len(seen) == len(self.rows):
             return 0, float((new - best).mean())
         if self.decide == "race":
-            found, difference = self._raced(seen, self.race_percent)
-            if found == 0 and self.race_percent < 100 and len(seen) >= self._ends(self.race_percent)[-1]:
-                found = 1 if difference < 0 else -1
-            return found, difference
+            return self._raced(seen)
         metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
         everything = self._losses(self.best, np.arange(len(self.rows)))
         lost = cannot_win(new, everything, columns=columns, counts=metric.counts)
         return -int(lost), float((new - best).mean())
 
-    def _raced(self, seen: NDArray[np.int64], most_percent: float) -> tuple[int, float]:
-        """Return what `race` says of the rows at `seen`, which both the latest weights and the best are scored on."""
-        assert self.best is not None and self.last is not None
-        limit = bound(tuple(end / len(self.rows) for end in self._ends(most_percent)), self.error_rate)
-        differences = self._losses(self.last, seen) - self._losses(self.best, seen)
-        return race(differences, seen, len(self.rows), limit, self._covariates())
+    def _raced(self, seen: NDArray[np.int64]) -> tuple[int, float]:
+        """Return what `race` says of the rows at `seen`, which both the latest weights and the best are scored on.
 
-    def _ends(self, most_percent: float) -> tuple[int, ...]:
-        return looks_that_decide([len(look) for look in self.looks], most_percent)
+        At the cap of a race, and beyond it, the estimate decides where the test does not.
+        """
+        assert self.best is not None and self.last is not None
+        ends = self._ends()
+        limit = bound(tuple(end / len(self.rows) for end in ends), self.error_rate)
+        differences = self._losses(self.last, seen) - self._losses(self.best, seen)
+        verdict, difference = race(differences, seen, len(self.rows), limit, self._covariates())
+        if verdict == 0 and self.race_percent < 100 and len(seen) >= ends[-1]:
+            verdict = 1 if difference < 0 else -1
+        return verdict, difference
+
+    def _ends(self) -> tuple[int, ...]:
+        return looks_that_decide([len(look) for look in self.looks], self.race_percent)
 
     def _covariates(self) -> NDArray[np.float64] | None:
         """Return what the latest predictions of all rows say of each (N, F)."""
@@ -224,7 +228,7 @@ class HeldOut:
             rest = [places for places in self.looks if np.isnan(values[places]).any()]
             while rest:
                 seen = self._seen(self.best)
-                verdict, difference = self._raced(seen, 100)
+                verdict, difference = self._raced(seen)
                 beaten = METRICS[metric].of_mean(mean - difference)
                 if verdict > 0 and is_better(metric, score, beaten):
                     self.best_mean = mean - difference
