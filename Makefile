@@ -60,7 +60,7 @@ format: $(STAMP)  ## rewrite the files as ruff wants them
 readme: $(STAMP)  ## write the catalogues into the README's table of techniques
 	$(BIN)/python tests/test_readme.py
 
-bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memory, padding (an hour and more)
+bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memory, padding, and what was asked of them (hours)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_speed.py
 	$(BIN)/python benchmarks/growth.py
@@ -71,6 +71,7 @@ bench: $(STAMP)  ## speed of training, start-up, inference and evaluations, memo
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/eval_cost.py
 	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/goals.py
 
 clean:  ## remove .venv and the tools' caches; runs/, folds/ and submissions/ stay
 	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

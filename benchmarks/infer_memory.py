@@ -67,6 +67,7 @@ def main() -> None:
     if options.child:
         return child(options.child, options.folds)
     from finished_run import write_finished_run
+    from goals import Goal, note
 
     with tempfile.TemporaryDirectory() as folder:
         run = write_finished_run(Path(folder), num_folds=max(FOLDS), rows=options.rows)
@@ -81,6 +82,7 @@ def main() -> None:
             )
     ratio = peaks[1] / peaks[0]
     print(f"peak of {FOLDS[1]} folds / peak of {FOLDS[0]}: {ratio:.3f} (goal: at most {GOAL})")
+    note("infer_memory.py", "any", [Goal(f"memory of {FOLDS[1]} folds / of {FOLDS[0]}", ratio, "at most", GOAL)])
     sys.exit(ratio > GOAL)
 
 

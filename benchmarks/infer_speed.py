@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 import torch
 from finished_run import CLEAR, TEST, write_finished_run
+from goals import Goal, note
 from poolers import seconds
 from safetensors.torch import load_file
 from torch import nn
@@ -163,16 +164,17 @@ def main() -> None:
         os.chdir(folder)
         run = write_finished_run(Path(folder), num_folds=FOLDS, rows=options.rows)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as notebook:
-            lines = measure(run, options, notebook)
+            lines, goals = measure(run, options, notebook)
         os.chdir("/")
     if options.rows is None:
         RESULT.parent.mkdir(exist_ok=True)
         RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        note("infer_speed.py", device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu")), goals)
         print(f"wrote {RESULT}")
 
 
-def measure(run: RunFolder, options: argparse.Namespace, notebook: ProcessPoolExecutor) -> list[str]:
-    """Time the three ways in each round; return the lines of the report."""
+def measure(run: RunFolder, options: argparse.Namespace, notebook: ProcessPoolExecutor) -> tuple[list[str], list[Goal]]:
+    """Time the three ways in each round; return the lines of the report, and how the goals were met."""
     num_rows = len(pd.read_csv(TEST, dtype=str))
     parts = parts_of(num_rows, options.rounds)
     loaded = load(run.path)
@@ -232,7 +234,9 @@ def measure(run: RunFolder, options: argparse.Namespace, notebook: ProcessPoolEx
         f"reaches {statistics.median(shares):.2f} of the kernels' tokens per second (goal: {GOALS[1]:g}).",
     ]
     print("\n".join(lines[-3:]), flush=True)
-    return lines
+    names = "inference: a notebook's time / comp's", "inference: comp's tokens/s / the kernels'"
+    found = statistics.median(ratios), statistics.median(shares)
+    return lines, [Goal(name, own, "at least", asked) for name, own, asked in zip(names, found, GOALS, strict=True)]
 
 
 def _table(run: RunFolder, path: Path) -> Any:

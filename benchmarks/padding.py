@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from finished_run import ROOT
+from goals import Goal, note
 
 from comp.data.batches import count_tokens, sorted_batches, training_windows
 from comp.data.tokens import Encoded, encode
@@ -49,8 +50,8 @@ def share(encoded: Encoded, batches: Sequence[Rows]) -> float:
     return 1 - real / padded
 
 
-def measure(name: str, texts: list[str], targets: Rows) -> list[str]:
-    """Return the rows of the table for one data set."""
+def measure(name: str, texts: list[str], targets: Rows, goals: list[Goal]) -> list[str]:
+    """Return the rows of the table for one data set; add to `goals`."""
     encoded = encode(load_tokenizer(BACKBONE), (texts,), max_length=256, cache=None)
     lengths = encoded.lengths
     shuffled = np.random.default_rng(0).permutation(len(lengths))
@@ -94,6 +95,8 @@ def measure(name: str, texts: list[str], targets: Rows) -> list[str]:
         shares = share(encoded, before), share(encoded, after)
         goal = GOALS.get(what)
         met = "" if goal is None else "yes" if shares[1] < goal else "no"
+        if goal is not None:
+            goals.append(Goal(f"padding, {name}, {what}, {size}", 100 * shares[1], "at most", 100 * goal, "percent"))
         lines.append(
             f"| {name} | {what} | {size} | {shares[0]:.2%} | {shares[1]:.2%} | {len(before)} -> {len(after)} | {met} |"
         )
@@ -115,8 +118,11 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
-    lines += measure("CLEAR", list(frame["excerpt"]), frame["target"].to_numpy(np.float64))
-    lines += measure("Rotten Tomatoes", [text for text, _ in reviews], np.array([float(label) for _, label in reviews]))
+    goals: list[Goal] = []
+    lines += measure("CLEAR", list(frame["excerpt"]), frame["target"].to_numpy(np.float64), goals)
+    labels = np.array([float(label) for _, label in reviews])
+    lines += measure("Rotten Tomatoes", [text for text, _ in reviews], labels, goals)
+    note("padding.py", "any", goals)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"wrote {RESULT}")

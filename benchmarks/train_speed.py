@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from goals import Goal, note
 from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -480,10 +481,28 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace, settings: di
         path = RESULTS / f"train_speed{'_large' if options.large else ''}.md"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"wrote {path}")
+        note(f"train_speed.py{arguments}", rows[0]["device"], goals_of(by_round))
+
+
+def goals_of(by_round: dict[int, dict[str, dict[str, Any]]]) -> list[Goal]:
+    """Return how a way's time compares with that of comp's fastest, a capped race, which reaches no worse a score."""
+    goals = []
+    for way, asked in GOALS.items():
+        without = way.endswith("without")
+        found = ratios_of(by_round, way, "comp without" if without else "comp, capped race")
+        name = f"{way} evaluations" if without else way
+        if found:
+            what = f"training: time of {name} / comp's{'' if without else ', capped race'}"
+            goals.append(Goal(what, statistics.median(found), "at least", asked))
+    return goals
+
+
+def ratios_of(by_round: dict[int, dict[str, dict[str, Any]]], way: str, base: str) -> list[float]:
+    return [ways[way]["seconds"] / ways[base]["seconds"] for ways in by_round.values() if way in ways and base in ways]
 
 
 def ratio_cell(by_round: dict[int, dict[str, dict[str, Any]]], way: str, base: str) -> str:
-    found = [ways[way]["seconds"] / ways[base]["seconds"] for ways in by_round.values() if way in ways and base in ways]
+    found = ratios_of(by_round, way, base)
     if not found:
         return ""
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"

@@ -270,3 +270,54 @@ def test_the_table_of_further_pretraining(studies: Any) -> None:
     assert f"| {study.FURTHER} | 3 | 0.6101 | 0.8000 | 0.0100 | +0.0900 ± 0.0058 | +0.0000 ± 0.0000 |" in text
     assert "- seed 1: 40,000 before, 9.50 after 250 steps, 1,000,000 tokens" in text
     assert "4 held-out rows a fold" in text
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what imports a module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
+    yield import_module
+    for name in ("goals", "eval_cost", "finished_run"):
+        sys.modules.pop(name, None)
+
+
+def test_goals_of_all_benchmarks_stand_in_one_table(
+    benchmark_modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goals = benchmark_modules("goals")
+    monkeypatch.setattr(goals, "FILE", tmp_path / "goals.json")
+    one = goals.Goal("time", 2.0, "at least", 1.5)
+    goals.note("b.py", "here", [goals.Goal("start", 0.5, "at most", 0.5, "seconds"), one])
+    goals.note("a.py", "here", [goals.Goal("padding", 3.01, "at most", 3.0, "percent")])
+    goals.note("b.py", "there", [goals.Goal("start", 0.6, "at most", 0.5, "seconds"), one])
+    assert goals.table()[-3:] == [
+        "| padding | 3.01% | at most 3.00% | no | `python benchmarks/a.py` | here |",
+        "| start | 0.60 s | at most 0.50 s | no | `python benchmarks/b.py` | there |",
+        "| time | 2.00 | at least 1.50 | yes | `python benchmarks/b.py` | there |",
+    ]
+
+
+def test_the_committed_goals_are_those_of_the_committed_figures(benchmark_modules: Any) -> None:
+    goals = benchmark_modules("goals")
+    assert goals.PAGE.read_text(encoding="utf-8").splitlines() == goals.table()
+
+
+def test_what_evaluations_cost_is_compared_within_a_seed(benchmark_modules: Any) -> None:
+    eval_cost = benchmark_modules("eval_cost")
+
+    def made(way: str, seed: int, took: tuple[float, float], best: float) -> dict[str, Any]:
+        times = dict(zip(("train_seconds", "eval_seconds"), took, strict=True))
+        return {"way": way, "seed": seed, "best": best, "rows_scored": 1.0, **times}
+
+    rows = [
+        made("none", 0, (10, 3), 0.5), made("full", 0, (10, 10), 0.4), made("race, capped", 0, (10, 2), 0.5),
+        made("none", 1, (20, 3), 0.5), made("full", 1, (20, 10), 0.4), made("race, capped", 1, (20, 8), 0.4),
+        made("none", 2, (20, 3), 0.5), made("full", 2, (20, 90), 0.4), made("race", 1, (10, 5), 0.4),
+    ]  # fmt: skip
+    ways = eval_cost.compared(rows)
+    assert ways["race, capped"][1] == pytest.approx([1.2, 1.4]) and ways["none"][1] == [1, 1]
+    assert ways["race, capped"][2] == pytest.approx([0.25, 0]) and ways["full"][1] == pytest.approx([2, 1.5])
+    assert ways["race"][1] == [0.75] and "exact" not in ways
+    time, score = eval_cost.goals_of("data", rows)
+    assert time.found == pytest.approx(1.3) and not time.met
+    assert score.found == pytest.approx(12.5) and not score.met
