@@ -317,7 +317,7 @@ def test_what_evaluations_cost_is_compared_within_a_seed(benchmark_modules: Any)
     ways = eval_cost.compared(rows)
     assert ways["race, capped"][1] == pytest.approx([1.2, 1.4]) and ways["none"][1] == [1, 1]
     assert ways["race, capped"][2] == pytest.approx([0.25, 0]) and ways["full"][1] == pytest.approx([2, 1.5])
-    assert ways["race"][1] == [0.75] and "exact" not in ways
+    assert ways["race"][1] == [1.5] and "exact" not in ways
     time, score = eval_cost.goals_of("data", rows)
     assert time.found == pytest.approx(1.3) and not time.met
     assert score.found == pytest.approx(12.5) and not score.met
