@@ -18,7 +18,7 @@ from comp.data.tokens import encode
 from comp.model.sources import load_tokenizer, resolve_source
 from comp.model.text_model import TextModel, build_model
 from comp.runtime import Runtime
-from comp.training.checkpoint import load_weights, save_weights
+from comp.training.checkpoint import BestWeights, load_weights, save_weights, step_of
 from comp.training.predict import predict
 
 TEXTS = ["the ship was golden", "a dull tram", "deer", "on the bridge she was happy and the market was bright"]
@@ -201,6 +201,28 @@ def test_checkpoints_are_strict(tiny_model_folder: Callable[..., Path], tmp_path
         load_weights(path, model)
     with pytest.raises(ValueError, match="not found"):
         load_weights(tmp_path / "nothing.safetensors", model)
+
+
+def test_the_best_weights_wait_as_they_were(tiny_model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    model, _ = made(tiny_model_folder("bert"))
+    model.twin = model.heads["main"].weight  # tied: one tensor, two names
+    best = BestWeights(tmp_path / "best.safetensors")
+    best.write()
+    assert not best.path.exists(), "nothing waits"
+    best.keep(model.state_dict(), 3)
+    assert step_of(best.path) == 3 and not best.waiting, "the first are written at once"
+    first = best.path.read_bytes()
+    best.keep(model.state_dict(), 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert best.path.read_bytes() == first and best.waiting
+    best.write()
+    assert best.path.read_bytes() == first, "written later, the same bytes: a copy, tied as before"
+    best.keep(model.state_dict(), 5)
+    assert step_of(best.path) == 3
+    best.write()
+    assert step_of(best.path) == 5 and not best.waiting
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from conftest import KILL_TEST, TinyCompetition
 from comp import config_file
 from comp.runs import FoldFolder, RunFolder
 from comp.runtime import Stopper, random_state, seed_everything, set_random_state
-from comp.training import crossval, held_out, one_fold, resume
+from comp.training import checkpoint, crossval, held_out, one_fold, resume
+from comp.training.checkpoint import BestWeights, step_of
 from comp.training.objective import Objective
 from comp.training.resume import SaveEvery, Saver, parse_save_every, read_state
 from comp.training.trainer import NonFiniteError, Stopped, TrainState
@@ -146,8 +148,10 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "before the first save": (Saver, "due", 2, False),
     "inside an accumulation window": (Objective, "share", 14, False),
     "inside an evaluation": (held_out.HeldOut, "evaluate", 3, False),
-    "before the best weights are written": (held_out.HeldOut, "keep_best", 3, False),
-    "after the best weights are written": (held_out.HeldOut, "keep_best", 3, True),
+    "when better weights are found": (held_out.HeldOut, "keep_best", 3, False),
+    "when better weights are kept": (held_out.HeldOut, "keep_best", 3, True),
+    "before the best weights are written": (BestWeights, "write", 3, False),
+    "after the best weights are written": (BestWeights, "write", 3, True),
     "before a state is written": (Saver, "save", 2, False),
     "while a state is written": (torch, "save", 2, True),
     "after a state is written": (Saver, "save", 2, True),
@@ -171,6 +175,38 @@ def test_whatever_the_moment(
         run(config, "cut", save_every)
     run(config, "cut", save_every)
     assert leavings("cut") == leavings("whole")
+
+
+def test_the_best_weights_are_written_before_a_state_and_at_the_end_only(
+    config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that better ones replace before that are never written, but for the first; what fails leaves the best."""
+    written: list[int | None] = []
+    real = checkpoint.save_weights
+
+    def save_weights(path: Path, weights: Any, *, step: int | None = None) -> None:
+        real(path, weights, step=step)
+        written.append(step)
+
+    monkeypatch.setattr(checkpoint, "save_weights", save_weights)
+    monkeypatch.setattr(one_fold, "is_better", lambda *_: True)
+    config = config_of(evaluation={"every": "1 steps"})
+    run(config, "never", "never")
+    assert written == [1, 12]
+    written.clear()
+    run(config, "states", "5 steps")
+    assert written == [1, 5, 10, 12]
+    assert leavings("states") == leavings("never")
+    written.clear()
+    kill_at(monkeypatch, held_out.HeldOut, "evaluate", 8)
+    with pytest.raises(Killed):
+        run(config, "killed", "5 steps")
+    assert written == [1, 5]
+    monkeypatch.setattr(Saver, "due", lambda own, step, evaluated: 1 / (step - 7))
+    monkeypatch.setattr(Saver, "save", lambda own, state: True)
+    with pytest.raises(ZeroDivisionError):
+        run(config, "failed", "never")
+    assert written == [1, 5, 1, 7] and step_of(RunFolder("runs/failed").fold(0).best) == 7
 
 
 def test_halves_of_files_are_swept_away(config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +457,8 @@ def test_when_not_to_save(text: str) -> None:
 
 def test_auto_keeps_saving_under_a_twentieth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times: Iterator[float] = iter([0.0, 10.0, 10.0, 10.0, 13.0, 20.0, 61.0, 59.0])
-    saver = Saver(FoldFolder(tmp_path), {}, start="", mark=dict, every=SaveEvery(), clock=lambda: next(times))
+    best, clock = BestWeights(tmp_path / "best.safetensors"), partial(next, times)
+    saver = Saver(FoldFolder(tmp_path), {}, start="", mark=dict, best=best, every=SaveEvery(), clock=clock)
     assert not saver.due(1, False)
     assert saver.due(1, True), "nothing was spent yet"  # at 10
     saver.save(TrainState())  # 10 to 13

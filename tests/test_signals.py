@@ -16,6 +16,7 @@ from comp import config_file
 from comp.lock import lock_of
 from comp.runs import FoldFolder
 from comp.training import crossval, held_out, one_fold
+from comp.training.checkpoint import BestWeights
 from comp.training.objective import Objective
 from comp.training.trainer import Stopped
 
@@ -29,7 +30,7 @@ def run(name: str) -> None:
 PHASES: dict[str, tuple[Any, str, int]] = {
     "in an accumulation window": (Objective, "share", 8),
     "in an evaluation": (held_out.HeldOut, "evaluate", 2),
-    "while the best weights are written": (held_out.HeldOut, "keep_best", 1),
+    "while the best weights are written": (BestWeights, "write", 2),
     "while a state is written": (torch, "save", 2),
     "while the last weights are written": (one_fold, "save_weights", 1),
     "while the out-of-fold rows are written": (held_out.HeldOut, "write", 1),

@@ -12,7 +12,7 @@ from torch import nn
 
 from comp.runs import write_atomic
 
-__all__ = ["bytes_of", "load_weights", "save_weights", "step_of"]
+__all__ = ["BestWeights", "bytes_of", "load_weights", "save_weights", "step_of"]
 
 PIECE = 2**21  # numbers read at a time
 
@@ -30,6 +30,39 @@ def save_weights(path: Path, weights: nn.Module | Mapping[str, torch.Tensor], *,
     # One entry only: safetensors writes several in an order of its own, and files of equal weights would differ.
     about = {"format": "pt"} if step is None else {"step": str(step)}
     write_atomic(path, lambda temporary: save_file(unique, temporary, metadata=about))
+
+
+class BestWeights:
+    """The best weights so far: in memory until they must be on disk, in the file `path`.
+
+    Weights that better ones replace before a state is saved need no file: with many evaluations most are of that kind,
+    and writing a large model takes longer than the evaluation that found it. A killed run goes on from its state, so
+    `write` comes before every state, at the end, and when training fails. The first are written at once: a disk that
+    takes none is better known early.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step = 0
+        self.waiting: dict[str, torch.Tensor] = {}
+        """By name, on the CPU, until they are written; tied weights are one tensor."""
+
+    def keep(self, weights: Mapping[str, torch.Tensor], step: int) -> None:
+        """Copy `weights`, of `step`."""
+        copies: dict[int, torch.Tensor] = {}
+        for tensor in weights.values():
+            if tensor.data_ptr() not in copies or not tensor.numel():
+                copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
+        self.waiting = {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
+        self.step = step
+        if not self.path.exists():
+            self.write()
+
+    def write(self) -> None:
+        """Write what waits."""
+        if self.waiting:
+            save_weights(self.path, self.waiting, step=self.step)
+            self.waiting = {}
 
 
 def bytes_of(model: nn.Module) -> int:

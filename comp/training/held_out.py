@@ -25,7 +25,7 @@ from comp.progress import DELAY, open_progress
 from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
-from comp.training.checkpoint import save_weights, step_of
+from comp.training.checkpoint import BestWeights, step_of
 from comp.training.covariates import covariates_of
 from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
 from comp.training.predict import Predictions, batch_tokens_of, predict
@@ -37,7 +37,7 @@ GPU_LOOKS = 32  # a look is a sync point
 
 
 class HeldOut:
-    """Scores `model` on `rows` of `table`; writes the best weights to `best_path`.
+    """Scores `model` on `rows` of `table`; keeps the best weights, for `best_path`.
 
     `metrics`: one per task; the first task's decides which weights are best. `decide`: how many rows it takes (see
     early.py): full = all; exact = until the best can no longer be beaten; race = until a test at `error_rate` has
@@ -64,7 +64,8 @@ class HeldOut:
     ) -> None:
         self.model, self.encoded, self.rows = model, encoded, rows
         self.ids, self.classes, self.tasks = table.ids, table.classes, tasks
-        self.metrics, self.runtime, self.best_path, self.ranks = metrics, runtime, best_path, ranks
+        self.metrics, self.runtime, self.ranks = metrics, runtime, ranks
+        self.kept = BestWeights(best_path)
         self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
         self.decide, self.error_rate, self.race_percent = decide, error_rate, race_percent
@@ -352,9 +353,13 @@ class HeldOut:
         self.best, self.best_mean, self.best_weights = self.last, self.last_mean, None
         weights = self.ranks.weights(self.model)
         if self.ranks.first:
-            save_weights(self.best_path, weights, step=step)
+            self.kept.keep(weights, step)
         if self._share(self.best) < 1:
-            self.best_weights = {name: tensor.detach().cpu().clone() for name, tensor in self._weights().items()}
+            same = {} if self.ranks.sharded else self.kept.waiting
+            self.best_weights = {
+                name: same[name] if name in same else tensor.detach().to("cpu", copy=True)
+                for name, tensor in self._weights().items()
+            }
         elif self.decide != "full":
             self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
 
@@ -365,10 +370,10 @@ class HeldOut:
         (another machine), they stay. Then the model gets those weights, the rows are predicted anew, and their step
         and score are returned.
         """
-        step = self.ranks.of_first(step_of(self.best_path) if self.ranks.first else None)
+        step = self.ranks.of_first(step_of(self.kept.path) if self.ranks.first else None)
         if step is None or step == best_step:
             return None
-        self.ranks.read_weights(self.best_path, self.model)
+        self.ranks.read_weights(self.kept.path, self.model)
         self.best = self._predict()
         return step, self._score(self.best)
 

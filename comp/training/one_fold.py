@@ -211,6 +211,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         start=start,
         weight_bytes=weight_bytes,
         mark=tracker.mark,
+        best=held.kept,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
         ranks=ranks,
@@ -278,6 +279,7 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         if saved is not None:
             plan.say(f"fold {fold}: goes on after step {state.step}")
         state = fit(parts, state)
+        held.kept.write()
         with showing():
             weights = ranks.weights(model)
             if ranks.first:
@@ -294,6 +296,9 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
                 held.write_history(folder.evaluations)
         summary = _summary(state, averaged, saver.seconds) | {"padding": padding, "rows_scored": held.scored_share}
         tracker.summary(summary)
+    except Exception:
+        held.kept.write()
+        raise
     finally:
         progress.close()
         tracker.finish()

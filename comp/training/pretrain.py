@@ -36,7 +36,7 @@ from comp.stability.consistency import twice
 from comp.tracking import open_tracker
 from comp.training.assembly import build_fold_optimizer
 from comp.training.cadence import Cadence, Never
-from comp.training.checkpoint import bytes_of, load_weights, save_weights, step_of
+from comp.training.checkpoint import BestWeights, bytes_of, load_weights, save_weights, step_of
 from comp.training.crossval import FOLDS
 from comp.training.early import Evaluation
 from comp.training.one_fold import Say
@@ -160,7 +160,7 @@ class HeldOutTexts:
     """Scores a learner on the held-out rows of a stage, and keeps the best weights; lower is better."""
 
     def __init__(self, learner: Learner, lesson: Lesson, runtime: Runtime, best_path: Path) -> None:
-        self.learner, self.lesson, self.runtime, self.best_path = learner, lesson, runtime, best_path
+        self.learner, self.lesson, self.runtime, self.kept = learner, lesson, runtime, BestWeights(best_path)
         self.before: float | None = None
         """Score before the first step."""
 
@@ -168,7 +168,7 @@ class HeldOutTexts:
         return self.lesson.score(self.learner, self.runtime)
 
     def keep_best(self, step: int) -> None:
-        save_weights(self.best_path, self.learner, step=step)
+        self.kept.keep(self.learner.state_dict(), step)
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before}
@@ -225,6 +225,7 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
         start=start,
         weight_bytes=bytes_of(learner),
         mark=tracker.mark,
+        best=held.kept,
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
     )
@@ -285,6 +286,7 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
             plan.say(f"stage {stage.number}: goes on after step {state.step}")
         state = fit(parts, state)
         if scored:
+            held.kept.write()
             load_weights(folder.best, learner)
         else:
             with parts.showing():
@@ -306,6 +308,9 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
             **lesson.others(),
         }
         tracker.summary(summary)
+    except Exception:
+        held.kept.write()
+        raise
     finally:
         progress.close()
         tracker.finish()

@@ -22,6 +22,7 @@ from torch import nn
 
 from comp.runs import FoldFolder, digest, write_atomic
 from comp.runtime import random_state, set_random_state
+from comp.training.checkpoint import BestWeights
 from comp.training.ranks import ALONE, OneRank
 from comp.training.trainer import TrainState
 
@@ -68,7 +69,8 @@ class Saver:
     """Saves and restores one fold.
 
     `parts`: name -> what has a state of its own. `start`: digest of the first weights; `weight_bytes`: their size.
-    `mark` gives what the tracker needs to go on; `seconds`: what earlier sittings spent on the fold.
+    `mark` gives what the tracker needs to go on; `seconds`: what earlier sittings spent on the fold. `best` is written
+    first: its weights are of the state, or newer.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Saver:
         start: str,
         weight_bytes: int = 0,
         mark: Callable[[], dict[str, Any]],
+        best: BestWeights,
         every: SaveEvery,
         seconds: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
@@ -87,6 +90,7 @@ class Saver:
         self.folder, self.parts, self.start, self.mark, self.every = folder, parts, start, mark, every
         self.clock, self.began, self.before = clock, clock(), seconds
         self.saved_at, self.saving = self.began, 0.0
+        self.best = best
         self.weight_bytes, self.warned, self.ranks = weight_bytes, False, ranks
 
     @property
@@ -114,6 +118,7 @@ class Saver:
         Without room for one more, a warning is given and none is written (False): training matters more.
         """
         started = self.clock()
+        self.best.write()
         random = self.ranks.each(random_state())
         if not self.ranks.of_first(self._room() if self.ranks.first else None):
             return False
