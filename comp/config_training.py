@@ -108,7 +108,8 @@ class Evaluation(Section):
     race_percent: float | None = Field(None, gt=0, le=100)
     """Of a race: what the test has not decided after this percent of the rows goes by the estimate, at no stated rate
     of error; that is nearly a tie, and most of the time is spent on those. The first evaluation, with nothing to beat,
-    scores no more either. null = 100: all rows decide then."""
+    scores no more either, and in the end the last weights are kept where the best so far are surely less than .1%
+    better. null = 100: all rows decide then."""
 
     @property
     def deciding(self) -> dict[str, Any]:

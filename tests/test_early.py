@@ -436,17 +436,24 @@ def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[
     assert done["best"] == pytest.approx(score, rel=1e-6)
 
 
-@pytest.mark.parametrize(("errors", "scored"), [((1, 0.2), 72), ((0.2, 1), 120), ((1, 1), 72)])
-def test_what_the_last_weights_surely_beat_is_not_scored_to_the_end(
+@pytest.mark.parametrize(
+    ("errors", "noises", "scored", "kept"),
+    [
+        pytest.param((1, 0.2), (0, 1), 72, 10, id="the last win"),
+        pytest.param((0.2, 1), (0, 1), 120, 5, id="the last lose"),
+        pytest.param((1, 1.0002), (0, 0), 72, 10, id="a tie: better by less than a thousandth"),
+        pytest.param((1, 1.0002), (0, 1), 120, 10, id="unknown"),
+    ],
+)
+def test_the_best_are_scored_to_the_end_only_where_they_may_be_kept(
     errors: tuple[float, float],
+    noises: tuple[int, int],
     scored: int,
+    kept: int,
     config_of: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The best so far, of a capped race, has rows that are not scored; that the last weights win takes none of them.
-
-    Where it is nearly a tie the estimate says so.
-    """
+    """The best so far, of a capped race, has rows that are not scored; that the last weights win takes none of them."""
     known: list[bytes] = []
 
     def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -454,7 +461,7 @@ def test_what_the_last_weights_surely_beat_is_not_scored_to_the_end(
         if weights not in known:
             known.append(weights)
         at = known.index(weights)
-        draw = np.random.default_rng(at)
+        draw = np.random.default_rng(noises[at])
         noise = draw.choice([-1.0, 1.0], (120, 1)) + draw.normal(0, 0.1, (120, 1))
         truth = np.full((120, 1), np.nan)
         truth[own.rows] = own.targets["main"]
@@ -465,7 +472,7 @@ def test_what_the_last_weights_surely_beat_is_not_scored_to_the_end(
     own, done, lines = run(config, "race", save_every="never")
     assert [line["valid/rows"] for line in lines] == [0.2, 1] and len(known) == 2
     assert round(done["rows_scored"] * 2 * 60) == scored
-    assert done["best_step"] == (5 if errors[0] < errors[1] else 10)
+    assert done["best_step"] == kept
     rows = pd.read_parquet(own.oof)
     assert rows.notna().all(axis=None)
     score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from comp.training.covariates import mean_over_all
 
-__all__ = ["Evaluation", "blocks", "bound", "cannot_win", "estimate", "looks_that_decide", "race"]
+__all__ = ["Evaluation", "blocks", "bound", "cannot_win", "estimate", "looks_that_decide", "most_worse", "race"]
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -47,7 +47,7 @@ class Evaluation:
     score: float
     """Over all rows, or an estimate of that; NaN when a prediction is not finite."""
     best: float | None
-    """The score to beat, which a race may know better than before."""
+    """The score to beat, which a race may know better than before; None: nothing to beat."""
     rows: float = 1.0
     """Share of the held-out rows that was scored; below 1 the score is an estimate."""
 
@@ -115,6 +115,14 @@ def race(
     if abs(mean) <= error * float(stdtrit(freedom, ndtr(limit))):
         return 0, mean
     return (1 if mean < 0 else -1), mean
+
+
+def most_worse(differences: Floats, places: Rows, num_rows: int, known: Floats | None = None) -> float:
+    """Return how much larger the new weights' mean loss of all rows is at most, by two standard errors; see `race`."""
+    if np.count_nonzero(differences) < LEAST_DIFFERENT:
+        return math.inf
+    mean, error, _ = mean_over_all(differences, places, num_rows, known)
+    return mean + 2 * error
 
 
 def looks_that_decide(sizes: Sequence[int], most_percent: float) -> tuple[int, ...]:

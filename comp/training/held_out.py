@@ -27,13 +27,14 @@ from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import BestWeights, step_of
 from comp.training.covariates import covariates_of
-from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, race
+from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, most_worse, race
 from comp.training.predict import Predictions, batch_tokens_of, predict
 from comp.training.ranks import ALONE, OneRank
 
 __all__ = ["HeldOut"]
 
 GPU_LOOKS = 32  # a look is a sync point
+TIE = 0.001  # of the score: so much worse, the last weights are kept rather than a best that must be scored first
 
 
 class HeldOut:
@@ -174,25 +175,37 @@ class HeldOut:
         if len(seen) == len(self.rows):
             return 0, float((new - best).mean())
         if self.decide == "race":
-            return self._raced(seen)
+            verdict, difference = self._raced(seen)
+            if verdict == 0 and self.race_percent < 100 and len(seen) >= self._ends()[-1]:
+                verdict = 1 if difference < 0 else -1
+            return verdict, difference
         metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
         everything = self._losses(self.best, np.arange(len(self.rows)))
         lost = cannot_win(new, everything, columns=columns, counts=metric.counts)
         return -int(lost), float((new - best).mean())
 
     def _raced(self, seen: NDArray[np.int64]) -> tuple[int, float]:
-        """Return what `race` says of the rows at `seen`, which both the latest weights and the best are scored on.
+        """Return what `race` says of the rows at `seen`, which both the latest weights and the best are scored on."""
+        limit = bound(tuple(end / len(self.rows) for end in self._ends()), self.error_rate)
+        return race(self._differences(seen), seen, len(self.rows), limit, self._covariates())
 
-        At the cap of a race, and beyond it, the estimate decides where the test does not.
+    def _tied(self, seen: NDArray[np.int64]) -> bool:
+        """Tell whether the latest weights, which are scored on all rows, are surely at most `TIE` worse than the best.
+
+        Of a capped race, from its cap on.
         """
+        assert self.last is not None
+        if self.race_percent == 100 or len(seen) < self._ends()[-1]:
+            return False
+        worse = most_worse(self._differences(seen), seen, len(self.rows), self._covariates())
+        mean = float(self._losses(self.last, np.arange(len(self.rows))).mean())
+        score, beyond = (METRICS[self.metrics[0]].of_mean(value) for value in (mean, max(0.0, mean - worse)))
+        return abs(score - beyond) <= TIE * abs(beyond)
+
+    def _differences(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the losses of the latest weights less those of the best, of the rows at `seen`."""
         assert self.best is not None and self.last is not None
-        ends = self._ends()
-        limit = bound(tuple(end / len(self.rows) for end in ends), self.error_rate)
-        differences = self._losses(self.last, seen) - self._losses(self.best, seen)
-        verdict, difference = race(differences, seen, len(self.rows), limit, self._covariates())
-        if verdict == 0 and self.race_percent < 100 and len(seen) >= ends[-1]:
-            verdict = 1 if difference < 0 else -1
-        return verdict, difference
+        return self._losses(self.last, seen) - self._losses(self.best, seen)
 
     def _ends(self) -> tuple[int, ...]:
         return looks_that_decide([len(look) for look in self.looks], self.race_percent)
@@ -217,23 +230,18 @@ class HeldOut:
     def _complete(self, best_score: float | None) -> float | None:
         """Score what is left of the best; return its score, which until then was an estimate.
 
-        It stays one where the race says before the end that the latest weights, scored on all rows, win: these are what
-        is kept then.
+        None, nothing to beat, where some of that says already that the latest weights, scored on all rows, are to be
+        kept: by the race, or because it is a tie.
         """
         if self.best is None or self.best_weights is None:
             return best_score
-        assert self.last is not None
-        values, metric = self.best.values[self.tasks[0].name], self.metrics[0]
-        score, mean = self._score(self.last), float(self._losses(self.last, np.arange(len(self.rows))).mean())
+        values = self.best.values[self.tasks[0].name]
         with self._best_in():
             rest = [places for places in self.looks if np.isnan(values[places]).any()]
             while rest:
                 seen = self._seen(self.best)
-                verdict, difference = self._raced(seen)
-                beaten = METRICS[metric].of_mean(mean - difference)
-                if verdict > 0 and is_better(metric, score, beaten):
-                    self.best_mean = mean - difference
-                    return beaten
+                if self._raced(seen)[0] > 0 or self._tied(seen):
+                    return None
                 places = rest.pop(0)
                 while rest and len(places) + len(rest[0]) <= len(seen):  # twice as many each time: larger batches
                     places = np.concatenate([places, rest.pop(0)])
