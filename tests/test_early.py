@@ -27,7 +27,7 @@ from comp.ship.report_panels import report_page
 from comp.ship.report_run import read_run
 from comp.training import crossval, early, held_out, predict
 from comp.training.covariates import covariates_of, mean_over_all
-from comp.training.early import blocks, bound, cannot_win, estimate, looks_that_decide, race
+from comp.training.early import blocks, bound, cannot_win, estimate, looks_that_decide, most_worse, race
 from comp.training.held_out import HeldOut
 from comp.training.resume import Saver
 
@@ -189,6 +189,19 @@ def test_the_looks_of_a_capped_race() -> None:
     assert looks_that_decide([50, 50, 50, 50], 50) == (50, 100)
     assert looks_that_decide([50, 50, 50, 50], 1) == (50,)
     assert looks_that_decide([70], 25) == ()
+
+
+def test_how_much_worse_the_new_weights_are_at_most() -> None:
+    draw = np.random.default_rng(0)
+    differences = draw.normal(0.1, 1.0, 400)
+    shortfalls = []
+    for _ in range(300):
+        places = np.sort(draw.choice(400, 60, replace=False))
+        shortfalls.append(most_worse(differences[places], places, 400) < differences.mean())
+    assert 0.005 < np.mean(shortfalls) < 0.05, "two standard errors, one side"
+    places = np.arange(60)
+    assert most_worse(np.full(60, -0.2), places, 400) == pytest.approx(-0.2), "surely better"
+    assert most_worse(np.r_[np.full(9, -0.2), np.zeros(51)], places, 400) == np.inf, "too few rows differ"
 
 
 def test_a_clear_difference_is_seen_at_once_and_few_rows_say_nothing() -> None:

@@ -200,7 +200,7 @@ class HeldOut:
         worse = most_worse(self._differences(seen), seen, len(self.rows), self._covariates())
         mean = float(self._losses(self.last, np.arange(len(self.rows))).mean())
         score, beyond = (METRICS[self.metrics[0]].of_mean(value) for value in (mean, max(0.0, mean - worse)))
-        return abs(score - beyond) <= TIE * abs(beyond)
+        return worse <= 0 or abs(score - beyond) <= TIE * abs(beyond)
 
     def _differences(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the losses of the latest weights less those of the best, of the rows at `seen`."""
