@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,7 @@ MOST_MMAP = 32 * 2**20  # the most that glibc takes
 ALLOCATION_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
+@cache  # once: glibc's mallopt is not made for a process whose threads are at work
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that tensors on the CPU free, for the tensors to come; tell whether it does.
 
