@@ -492,6 +492,26 @@ def test_the_best_are_scored_to_the_end_only_where_they_may_be_kept(
     assert done["best"] == pytest.approx(score, rel=1e-6)
 
 
+def test_a_tie_does_not_renew_the_patience(config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that get worse by less than a thousandth each time: the third are kept, and training ends there."""
+    known: list[bytes] = []
+
+    def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in own.model.state_dict().values())
+        if weights not in known:
+            known.append(weights)
+        noise = np.random.default_rng(0).normal(1, 0.1, (120, 1))
+        truth = np.full((120, 1), np.nan)
+        truth[own.rows] = own.targets["main"]
+        return {"main": truth[rows] + (1 + 2e-4 * known.index(weights)) * noise[rows]}
+
+    monkeypatch.setattr(HeldOut, "_values", values)
+    evaluation = {"every": "1 steps", "decide": "race", "race_percent": 20, "patience": 2}
+    _, done, lines = run(config_of(evaluation=evaluation), "race", save_every="never")
+    assert done["stopped_early"] and [line["valid/rows"] for line in lines] == [0.2, 0.2, 1]
+    assert done["best_step"] == 3 and done["best"] == done["last"]
+
+
 def test_estimates_are_told_apart_in_a_report(config_of: Callable[..., Any]) -> None:
     from comp.ship.report import report_text
 

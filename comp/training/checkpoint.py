@@ -50,11 +50,12 @@ class BestWeights:
     def keep(self, weights: Mapping[str, torch.Tensor], step: int) -> None:
         """Copy `weights`, of `step`."""
         copies: dict[int, torch.Tensor] = {}
-        for tensor in weights.values():
+        waiting = {}
+        for name, tensor in weights.items():
             if tensor.data_ptr() not in copies or not tensor.numel():
                 copies[tensor.data_ptr()] = tensor.detach().to("cpu", copy=True)
-        self.waiting = {name: copies[tensor.data_ptr()] for name, tensor in weights.items()}
-        self.step = step
+            waiting[name] = copies[tensor.data_ptr()]
+        self.waiting, self.step = waiting, step
         if not self.path.exists():
             self.write()
 

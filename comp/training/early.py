@@ -50,6 +50,8 @@ class Evaluation:
     """The score to beat, which a race may know better than before; None: nothing to beat."""
     rows: float = 1.0
     """Share of the held-out rows that was scored; below 1 the score is an estimate."""
+    tie: bool = False
+    """These weights are to be kept, but not because they are better."""
 
 
 def cannot_win(seen: Floats, best: Floats, *, columns: int = 1, counts: bool = False) -> bool:

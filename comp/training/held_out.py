@@ -114,7 +114,7 @@ class HeldOut:
         """Predict the rows and score the first task: all rows when it must be `full`, or as many as decide.
 
         `best_score` is what `keep_best` was last called after. A score that is no better than the best is never
-        returned as better, estimate or not.
+        returned as better, estimate or not, but for a tie in the end, which is marked.
         """
         self.last, self.last_mean = self._nothing(), None
         verdict, difference = 0, 0.0
@@ -134,10 +134,10 @@ class HeldOut:
         if not verdict:
             if self.decide == "race":
                 self.foretold = self.last.values[self.tasks[0].name]
-            known = self._complete(best_score)
+            known, tie = self._complete(best_score)
             if known is not None and not np.isfinite(known):  # on rows that a race had not come to
                 return Evaluation(float("nan"), best_score)
-            return Evaluation(self._score(self.last), known)
+            return Evaluation(self._score(self.last), known, tie=tie)
         assert best_score is not None and self.best_mean is not None
         new = self._losses(self.last, self._seen(self.last))
         self.last_mean = estimate(new, self.best_mean, difference, len(self.rows))
@@ -227,30 +227,31 @@ class HeldOut:
         task = self.tasks[0]
         return row_losses(self.metrics[0], self.targets[task.name][places], found.values[task.name][places], task.kind)
 
-    def _complete(self, best_score: float | None) -> float | None:
-        """Score what is left of the best; return its score, which until then was an estimate.
+    def _complete(self, best_score: float | None) -> tuple[float | None, bool]:
+        """Score what is left of the best; return its score, which until then was an estimate, and whether it is a tie.
 
-        None, nothing to beat, where some of that says already that the latest weights, scored on all rows, are to be
-        kept: by the race, or because it is a tie.
+        The score is None, nothing to beat, where some of that says already that the latest weights, scored on all rows,
+        are to be kept: by the race, or because it is a tie.
         """
         if self.best is None or self.best_weights is None:
-            return best_score
+            return best_score, False
         values = self.best.values[self.tasks[0].name]
         with self._best_in():
             rest = [places for places in self.looks if np.isnan(values[places]).any()]
             while rest:
                 seen = self._seen(self.best)
-                if self._raced(seen)[0] > 0 or self._tied(seen):
-                    return None
+                wins = self._raced(seen)[0] > 0
+                if wins or self._tied(seen):
+                    return None, not wins
                 places = rest.pop(0)
                 while rest and len(places) + len(rest[0]) <= len(seen):  # twice as many each time: larger batches
                     places = np.concatenate([places, rest.pop(0)])
                 self._add(self.best, places)
                 if not np.isfinite(values[places]).all():
-                    return float("nan")
+                    return float("nan"), False
         self.best_weights = None
         self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
-        return self._score(self.best)
+        return self._score(self.best), False
 
     def _nothing(self) -> Predictions:
         return Predictions(self.ids[self.rows], {})

@@ -329,7 +329,8 @@ def _score(parts: Parts, state: TrainState, pulse: _Pulse, ends: bool) -> float:
     state.last_score, state.last_eval_step, state.best_score = found.score, state.step, found.best
     parts.averager.evaluated(state.step, found.score)
     if parts.is_better(found.score, state.best_score):
-        state.best_score, state.best_step, state.evaluations_since_best = found.score, state.step, 0
+        state.best_score, state.best_step = found.score, state.step
+        state.evaluations_since_best = state.evaluations_since_best + 1 if found.tie else 0
         parts.keep_best(state.step)
     else:
         state.evaluations_since_best += 1
