@@ -449,6 +449,25 @@ def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[
     assert done["best"] == pytest.approx(score, rel=1e-6)
 
 
+def predict_with(errors_of: Callable[[int], np.ndarray], monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Have the weights of the i-th evaluation predict the targets of the 120 rows with the errors (120, 1) of i.
+
+    Returns the weights seen so far.
+    """
+    known: list[bytes] = []
+
+    def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in own.model.state_dict().values())
+        if weights not in known:
+            known.append(weights)
+        truth = np.full((120, 1), np.nan)
+        truth[own.rows] = own.targets["main"]
+        return {"main": truth[rows] + errors_of(known.index(weights))[rows]}
+
+    monkeypatch.setattr(HeldOut, "_values", values)
+    return known
+
+
 @pytest.mark.parametrize(
     ("errors", "noises", "scored", "kept"),
     [
@@ -467,20 +486,12 @@ def test_the_best_are_scored_to_the_end_only_where_they_may_be_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The best so far, of a capped race, has rows that are not scored; that the last weights win takes none of them."""
-    known: list[bytes] = []
 
-    def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
-        weights = b"".join(tensor.numpy().tobytes() for tensor in own.model.state_dict().values())
-        if weights not in known:
-            known.append(weights)
-        at = known.index(weights)
+    def errors_of(at: int) -> np.ndarray:
         draw = np.random.default_rng(noises[at])
-        noise = draw.choice([-1.0, 1.0], (120, 1)) + draw.normal(0, 0.1, (120, 1))
-        truth = np.full((120, 1), np.nan)
-        truth[own.rows] = own.targets["main"]
-        return {"main": truth[rows] + errors[at] * noise[rows]}
+        return errors[at] * (draw.choice([-1.0, 1.0], (120, 1)) + draw.normal(0, 0.1, (120, 1)))
 
-    monkeypatch.setattr(HeldOut, "_values", values)
+    known = predict_with(errors_of, monkeypatch)
     config = config_of(evaluation={"every": "5 steps", "decide": "race", "race_percent": 20})
     own, done, lines = run(config, "race", save_every="never")
     assert [line["valid/rows"] for line in lines] == [0.2, 1] and len(known) == 2
@@ -494,18 +505,7 @@ def test_the_best_are_scored_to_the_end_only_where_they_may_be_kept(
 
 def test_a_tie_does_not_renew_the_patience(config_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that get worse by less than a thousandth each time: the third are kept, and training ends there."""
-    known: list[bytes] = []
-
-    def values(own: HeldOut, rows: np.ndarray) -> dict[str, np.ndarray]:
-        weights = b"".join(tensor.numpy().tobytes() for tensor in own.model.state_dict().values())
-        if weights not in known:
-            known.append(weights)
-        noise = np.random.default_rng(0).normal(1, 0.1, (120, 1))
-        truth = np.full((120, 1), np.nan)
-        truth[own.rows] = own.targets["main"]
-        return {"main": truth[rows] + (1 + 2e-4 * known.index(weights)) * noise[rows]}
-
-    monkeypatch.setattr(HeldOut, "_values", values)
+    predict_with(lambda at: (1 + 2e-4 * at) * np.random.default_rng(0).normal(1, 0.1, (120, 1)), monkeypatch)
     evaluation = {"every": "1 steps", "decide": "race", "race_percent": 20, "patience": 2}
     _, done, lines = run(config_of(evaluation=evaluation), "race", save_every="never")
     assert done["stopped_early"] and [line["valid/rows"] for line in lines] == [0.2, 0.2, 1]
