@@ -112,6 +112,7 @@ LAYERS = {
     "training/memory.py": 3,
     "training/covariates.py": 3,
     "training/early.py": 3,
+    "training/decision.py": 3,
     "training/compiling.py": 3,
     "training/optimism.py": 3,
     "training/mlm.py": 3,

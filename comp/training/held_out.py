@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from comp.config import Task
 from comp.data.batches import count_tokens, sorted_batches
 from comp.data.tables import Table
 from comp.data.tokens import Encoded
-from comp.metrics import METRICS, evaluate, evaluate_known, is_better, row_losses
+from comp.metrics import METRICS, evaluate, evaluate_known, is_better
 from comp.model.losses import build_decoder
 from comp.model.text_model import TextModel
 from comp.progress import DELAY, open_progress
@@ -26,15 +25,14 @@ from comp.runs import write_atomic
 from comp.runtime import Runtime
 from comp.training import oof
 from comp.training.checkpoint import BestWeights, step_of
-from comp.training.covariates import covariates_of
-from comp.training.early import Evaluation, blocks, bound, cannot_win, estimate, looks_that_decide, most_worse, race
+from comp.training.decision import Decision, where_seen
+from comp.training.early import Evaluation, blocks
 from comp.training.predict import Predictions, batch_tokens_of, predict
 from comp.training.ranks import ALONE, OneRank
 
 __all__ = ["HeldOut"]
 
 GPU_LOOKS = 32  # a look is a sync point
-TIE = 0.001  # of the score: so much worse, the last weights are kept rather than a best that must be scored first
 
 
 class HeldOut:
@@ -69,9 +67,17 @@ class HeldOut:
         self.kept = BestWeights(best_path)
         self.decoders = {task.name: build_decoder(task, table.classes.get(task.name, [])) for task in tasks}
         self.targets = {name: values[rows] for name, values in table.targets.items()}
-        self.decide, self.error_rate, self.race_percent = decide, error_rate, race_percent
-        self.looks = self._looks(seed)
-        """Places in `rows`, scored one look after the other."""
+        self.decide = decide
+        self.decision = Decision(
+            tasks[0],
+            metrics[0],
+            self.targets[tasks[0].name].astype(np.float64),
+            encoded.lengths[rows],
+            self._looks(seed),
+            decide=decide,
+            error_rate=error_rate,
+            race_percent=race_percent,
+        )
         self.best: Predictions | None = None
         self.last: Predictions | None = None
         self.averaged: Predictions | None = None
@@ -82,8 +88,6 @@ class HeldOut:
         self.last_mean: float | None = None
         self.best_weights: dict[str, torch.Tensor] | None = None
         """On the CPU, while the best has rows that are not scored: a later race may want them."""
-        self.foretold: NDArray[np.float64] | None = None
-        """Of a race: the latest predictions (N, K) of the first task that cover all rows."""
         self.num_scored = 0
         """Rows predicted in evaluations."""
 
@@ -106,7 +110,7 @@ class HeldOut:
         """Return the share of padding among the tokens of a whole evaluation; None without held-out rows."""
         if not len(self.rows):
             return None
-        batches = [self.rows[part] for look in self.looks for part in self._batches(look)]
+        batches = [self.rows[part] for look in self.decision.looks for part in self._batches(look)]
         real, padded = count_tokens(self.encoded, batches)
         return 1 - real / padded
 
@@ -118,114 +122,44 @@ class HeldOut:
         """
         self.last, self.last_mean = self._nothing(), None
         verdict, difference = 0, 0.0
-        for places in self._order(full):
+        for places in self.decision.order(None if self.best is None else self._first(self.best), full):
             self._add(self.last, places)
             if not all(np.isfinite(values[places]).all() for values in self.last.values.values()):
                 return Evaluation(float("nan"), best_score)
             if not full and self.decide != "full" and self.best is not None:
-                verdict, difference = self._verdict(places)
+                self._add_best(places)
+                verdict, difference = self.decision.verdict(self._first(self.last), self._first(self.best))
             if verdict:
                 break
-        self.history.append(self.last.values[self.tasks[0].name].astype(np.float32))
+        last = self._first(self.last)
+        self.history.append(last.astype(np.float32))
         share = self._share(self.last)
         if not verdict and share < 1:  # the first, of a race that is capped
-            self.last_mean = float(self._losses(self.last, self._seen(self.last)).mean())
+            self.last_mean = self.decision.mean(last)
             return Evaluation(METRICS[self.metrics[0]].of_mean(self.last_mean), best_score, share)
         if not verdict:
             if self.decide == "race":
-                self.foretold = self.last.values[self.tasks[0].name]
+                self.decision.foretold = last
             known, tie = self._complete(best_score)
             if known is not None and not np.isfinite(known):  # on rows that a race had not come to
                 return Evaluation(float("nan"), best_score)
             return Evaluation(self._score(self.last), known, tie=tie)
         assert best_score is not None and self.best_mean is not None
-        new = self._losses(self.last, self._seen(self.last))
-        self.last_mean = estimate(new, self.best_mean, difference, len(self.rows))
+        self.last_mean = self.decision.estimated(last, self.best_mean, difference)
         score = METRICS[self.metrics[0]].of_mean(self.last_mean)
-        wins = is_better(self.metrics[0], score, best_score)
-        if verdict < 0 and wins:  # by a rounding
+        if verdict < 0 and is_better(self.metrics[0], score, best_score):  # by a rounding
             score = best_score
         return Evaluation(score, best_score, share)
 
-    def _order(self, full: bool) -> list[NDArray[np.int64]]:
-        """Return the looks in the order that decides soonest: exact begins where the best loses most per token.
+    def _first(self, found: Predictions) -> NDArray[np.float64]:
+        return found.values[self.tasks[0].name]
 
-        Where nothing is decided all rows come at once, which wastes least; but the first evaluation of a capped race,
-        which has nothing to beat, needs no more of them than the others.
-        """
-        if self.decide == "race" and (full or self.best is None):
-            capped = not full and self.race_percent < 100
-            return [np.concatenate(self.looks[: max(1, len(self._ends()))] if capped else self.looks)]
-        if self.decide != "exact" or self.best is None:
-            return self.looks
-        losses, lengths = self._losses(self.best, np.arange(len(self.rows))), self.encoded.lengths[self.rows]
-        return sorted(self.looks, key=lambda places: -float(losses[places].sum() / lengths[places].sum()))
-
-    def _verdict(self, places: NDArray[np.int64]) -> tuple[int, float]:
-        """Return -1 when the latest weights lose, 1 when they win, 0 when more rows are needed; `places` are new.
-
-        Then their mean loss less that of the best, over all rows, as far as it is known.
-        """
-        assert self.best is not None and self.last is not None
-        if self.decide == "race" and np.isnan(self.best.values[self.tasks[0].name][places]).any():
+    def _add_best(self, places: NDArray[np.int64]) -> None:
+        """Predict by the best weights, too, what a race wants to compare and they are not scored on yet."""
+        assert self.best is not None
+        if self.decide == "race" and np.isnan(self._first(self.best)[places]).any():
             with self._best_in():
                 self._add(self.best, places)
-        seen = self._seen(self.last)
-        new, best = self._losses(self.last, seen), self._losses(self.best, seen)
-        if len(seen) == len(self.rows):
-            return 0, float((new - best).mean())
-        if self.decide == "race":
-            verdict, difference = self._raced(seen)
-            if verdict == 0 and self.race_percent < 100 and len(seen) >= self._ends()[-1]:
-                verdict = 1 if difference < 0 else -1
-            return verdict, difference
-        metric, columns = METRICS[self.metrics[0]], self.targets[self.tasks[0].name].shape[1]
-        everything = self._losses(self.best, np.arange(len(self.rows)))
-        lost = cannot_win(new, everything, columns=columns, counts=metric.counts)
-        return -int(lost), float((new - best).mean())
-
-    def _raced(self, seen: NDArray[np.int64]) -> tuple[int, float]:
-        """Return what `race` says of the rows at `seen`, which both the latest weights and the best are scored on."""
-        limit = bound(tuple(end / len(self.rows) for end in self._ends()), self.error_rate)
-        return race(self._differences(seen), seen, len(self.rows), limit, self._covariates())
-
-    def _tied(self, seen: NDArray[np.int64]) -> bool:
-        """Tell whether the latest weights, which are scored on all rows, are surely at most `TIE` worse than the best.
-
-        Of a capped race, from its cap on.
-        """
-        assert self.last is not None
-        if self.race_percent == 100 or len(seen) < self._ends()[-1]:
-            return False
-        worse = most_worse(self._differences(seen), seen, len(self.rows), self._covariates())
-        mean = float(self._losses(self.last, np.arange(len(self.rows))).mean())
-        score, beyond = (METRICS[self.metrics[0]].of_mean(value) for value in (mean, max(0.0, mean - worse)))
-        return worse <= 0 or abs(score - beyond) <= TIE * abs(beyond)
-
-    def _differences(self, seen: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the losses of the latest weights less those of the best, of the rows at `seen`."""
-        assert self.best is not None and self.last is not None
-        return self._losses(self.last, seen) - self._losses(self.best, seen)
-
-    def _ends(self) -> tuple[int, ...]:
-        return looks_that_decide([len(look) for look in self.looks], self.race_percent)
-
-    def _covariates(self) -> NDArray[np.float64] | None:
-        """Return what the latest predictions of all rows say of each (N, F)."""
-        if self.foretold is None:
-            return None
-        task = self.tasks[0]
-        targets = self.targets[task.name].astype(np.float64)
-        losses_of = partial(row_losses, self.metrics[0], targets, kind=task.kind)
-        return covariates_of(self.foretold.astype(np.float64), targets, losses_of, task.kind)
-
-    def _seen(self, found: Predictions) -> NDArray[np.int64]:
-        """Return the places that have predictions."""
-        return np.flatnonzero(np.isfinite(found.values[self.tasks[0].name]).all(axis=1))
-
-    def _losses(self, found: Predictions, places: NDArray[np.int64]) -> NDArray[np.float64]:
-        task = self.tasks[0]
-        return row_losses(self.metrics[0], self.targets[task.name][places], found.values[task.name][places], task.kind)
 
     def _complete(self, best_score: float | None) -> tuple[float | None, bool]:
         """Score what is left of the best; return its score, which until then was an estimate, and whether it is a tie.
@@ -235,22 +169,23 @@ class HeldOut:
         """
         if self.best is None or self.best_weights is None:
             return best_score, False
-        values = self.best.values[self.tasks[0].name]
+        assert self.last is not None
+        last, best = self._first(self.last), self._first(self.best)
         with self._best_in():
-            rest = [places for places in self.looks if np.isnan(values[places]).any()]
+            rest = [places for places in self.decision.looks if np.isnan(best[places]).any()]
             while rest:
-                seen = self._seen(self.best)
-                wins = self._raced(seen)[0] > 0
-                if wins or self._tied(seen):
+                seen = where_seen(best)
+                wins = self.decision.raced(last, best, seen)[0] > 0
+                if wins or self.decision.tied(last, best, seen):
                     return None, not wins
                 places = rest.pop(0)
                 while rest and len(places) + len(rest[0]) <= len(seen):  # twice as many each time: larger batches
                     places = np.concatenate([places, rest.pop(0)])
                 self._add(self.best, places)
-                if not np.isfinite(values[places]).all():
+                if not np.isfinite(best[places]).all():
                     return float("nan"), False
         self.best_weights = None
-        self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
+        self.best_mean = self.decision.mean(best)
         return self._score(self.best), False
 
     def _nothing(self) -> Predictions:
@@ -349,7 +284,7 @@ class HeldOut:
 
     def _share(self, found: Predictions) -> float:
         """Return the share of the rows that have predictions."""
-        return float(np.isfinite(found.values[self.tasks[0].name]).all(axis=1).mean())
+        return len(where_seen(self._first(found))) / len(self.rows)
 
     @property
     def scored_share(self) -> float:
@@ -370,7 +305,7 @@ class HeldOut:
                 for name, tensor in self._weights().items()
             }
         elif self.decide != "full":
-            self.best_mean = float(self._losses(self.best, np.arange(len(self.rows))).mean())
+            self.best_mean = self.decision.mean(self._first(self.best))
 
     def settle(self, best_step: int) -> tuple[int, float] | None:
         """Make sure that the best predictions are those of the best weights on disk.
@@ -390,12 +325,12 @@ class HeldOut:
         """Return the predictions that the end of the fold needs."""
         kept = {"best": self.best, "last": self.last}
         history = [torch.from_numpy(values) for values in self.history]
-        foretold = None if self.foretold is None else torch.from_numpy(self.foretold)
+        foretold = self.decision.foretold
         race = {
             "best_mean": self.best_mean,
             "best_weights": self.best_weights,
             "num_scored": self.num_scored,
-            "foretold": foretold,
+            "foretold": None if foretold is None else torch.from_numpy(foretold),
         }
         return {"history": history, "race": race} | {
             kind: {name: torch.from_numpy(values) for name, values in found.values.items()}
@@ -413,7 +348,7 @@ class HeldOut:
         race = state_dict["race"]
         self.best_mean, self.best_weights, self.num_scored = race["best_mean"], race["best_weights"], race["num_scored"]
         foretold = race.get("foretold")  # None, or of a run that was stopped before there was one
-        self.foretold = None if foretold is None else foretold.numpy()
+        self.decision.foretold = None if foretold is None else foretold.numpy()
         self.history = [values.numpy() for values in state_dict["history"]]
         self.best, self.last = kept.get("best"), kept.get("last")
 
