@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import csv
+import gc
 import hashlib
 import importlib.util
 import os
@@ -485,3 +486,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(
             f"bad input: {total} tried, {tried.get('passed', 0)} refused or read as they should"
         )
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests and what they import out of garbage collections: comp collects after every fold."""
+    gc.collect()
+    gc.freeze()
