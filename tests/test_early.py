@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_resume import Killed, kill_at, leavings
 
 from comp import config_file
+from comp.config import Task
 from comp.data.batches import sorted_batches
 from comp.metrics import METRICS, evaluate, is_better, row_losses
 from comp.runs import RunFolder
@@ -27,6 +28,7 @@ from comp.ship.report_panels import report_page
 from comp.ship.report_run import read_run
 from comp.training import crossval, early, held_out, predict
 from comp.training.covariates import covariates_of, mean_over_all
+from comp.training.decision import Decision
 from comp.training.early import blocks, bound, cannot_win, estimate, looks_that_decide, most_worse, race
 from comp.training.held_out import HeldOut
 from comp.training.resume import Saver
@@ -447,6 +449,34 @@ def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[
     assert rows.notna().all(axis=None) and len(rows) == 60
     score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())
     assert done["best"] == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "percent", "told"),
+    [
+        (
+            200,
+            25,
+            "race_percent 25 leaves 40 of 200 held-out rows to choose the best weights by, which may then be some ",
+        ),
+        (200, 25, "percents worse; 40 leaves 80, null lets all rows decide"),
+        (210, 25, "percents worse; 40 leaves 84, null lets all rows decide"),
+        (210, 39, "39 leaves 42 of 210"),
+        (210, 40, None),
+        (80, 50, "leaves 40 of 80 held-out rows to choose the best weights by"),
+        (80, 50, "percents worse; null lets all rows decide"),
+        (1706, 5, None),
+        (200, 40, None),
+        (200, 100, None),
+        (39, 5, None),
+    ],
+)
+def test_a_cap_that_leaves_too_few_rows_is_told(num_rows: int, percent: float, told: str | None) -> None:
+    targets = np.random.default_rng(0).normal(size=(num_rows, 1))
+    task = Task.model_validate({"name": "main", "kind": "regression", "targets": ["y"], "loss": {"name": "mse"}})
+    looks, lengths = early.blocks(targets, seed=0), np.ones(num_rows, np.int64)
+    warning = Decision(task, "rmse", targets, lengths, looks, decide="race", race_percent=percent).warning
+    assert warning is None if told is None else told in str(warning)
 
 
 def predict_with(errors_of: Callable[[int], np.ndarray], monkeypatch: pytest.MonkeyPatch) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -18,6 +19,7 @@ __all__ = ["Decision", "where_seen"]
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
+FEW_ROWS = 80  # by fewer, wrong weights were chosen now and then (benchmarks/results/eval_cost.md)
 TIE = 0.001  # of the score: so much worse, the last weights are kept rather than a best that must be scored first
 
 
@@ -41,6 +43,19 @@ class Decision:
     race_percent: float = 100
     foretold: Floats | None = field(default=None, init=False)
     """Of a race: the latest predictions (N, K) that cover all rows."""
+
+    @property
+    def warning(self) -> str | None:
+        """What to tell of a cap that leaves too few rows to choose weights by; None where there is none."""
+        ends, num_rows = self._ends(), len(self.targets)
+        if not self.capped or not ends or ends[-1] >= FEW_ROWS:
+            return None
+        every = looks_that_decide([len(look) for look in self.looks], 100)
+        more = next((f"{math.ceil(100 * end / num_rows)} leaves {end}, " for end in every if end >= FEW_ROWS), "")
+        return (
+            f"evaluation.race_percent {self.race_percent:g} leaves {ends[-1]} of {num_rows:,} held-out rows to choose "
+            f"the best weights by, which may then be some that are percents worse; {more}null lets all rows decide"
+        )
 
     @property
     def capped(self) -> bool:

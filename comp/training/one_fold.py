@@ -274,6 +274,8 @@ def train_fold(plan: Plan, fold: Fold, stopper: Stopper, ranks: OneRank) -> None
         padding = {name: None if share is None else 0.0 for name, share in padding.items()}
     shares = [f"{share:.1%} of tokens in {name}" for name, share in padding.items() if share is not None]
     plan.say(f"fold {fold}: padding {', '.join(shares)}")
+    if held.decision.warning:
+        plan.say(f"fold {fold}: {held.decision.warning}")
     try:
         state = TrainState() if saved is None else saver.restore(saved)
         if saved is not None:
