@@ -169,7 +169,7 @@ def goals_of(name: str, rows: Sequence[Row]) -> list[Goal]:
     if "race, capped" not in (ways := compared(rows)):
         return []
     _, ratios, apart = ways["race, capped"]
-    what = f"20 evaluations an epoch by a capped race, {name}"
+    what = f"20 evaluations an epoch by a capped race, {name} ({len(ratios)} {'seed' if len(ratios) == 1 else 'seeds'})"
     score = 100 * statistics.mean(apart)
     return [
         Goal(f"{what}: time / without", statistics.median(ratios), "at most", 1 + GOALS[0]),
