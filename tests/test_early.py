@@ -445,6 +445,8 @@ def test_a_capped_race_never_scores_more_rows_until_the_end(config_of: Callable[
     assert len(lines) == 10
     assert lines[-1]["valid/rows"] == lines[-1]["valid/best_rows"] == 1
     assert all(line["valid/rows"] <= 0.4 for line in lines[:-1]), "the first is one of them"
+    told = "fold 0: evaluation.race_percent 40 leaves 24 of 60 held-out rows to choose the best weights by"
+    assert sum(line.startswith(told) for line in SAID) == 1
     rows = pd.read_parquet(own.oof)
     assert rows.notna().all(axis=None) and len(rows) == 60
     score = evaluate("rmse", rows[["target_main_target"]].to_numpy(), rows[["pred_main_target"]].to_numpy())

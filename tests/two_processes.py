@@ -35,8 +35,9 @@ def environment(folder: Path) -> dict[str, str]:
 def in_two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run two processes with these arguments, in the present folder.
 
-    One that is aborted (a heap that gloo's threads have broken, in one start of about fifteen; see ranks.join, and
-    pytorch/pytorch#179291 for one such fault) is given a second start, without the runs that the first has made.
+    One that is aborted is given a second start, without the runs that the first has made. It was a broken heap, in one
+    start of about fifteen while every fold called glibc's mallopt beside gloo's threads, and none of some thirty since
+    it is called once; see ranks.join, and pytorch/pytorch#179291, for another way to such an end.
     """
     command = [sys.executable, *RUN, *arguments]
     before = set(Path("runs").glob("*"))
