@@ -32,6 +32,14 @@ def infer(
         int | None, typer.Option(help="Most padded tokens of a batch; default: 8192 on a GPU, 2048 on a CPU.")
     ] = None,
     time_budget: Annotated[str | None, typer.Option(help="Like 8h: leaves out what will not fit.")] = None,
+    labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--labels/--probabilities",
+            help="What binary and multilabel tasks submit; default: labels where the metric scores them, and "
+            "sample_submission holds whole numbers.",
+        ),
+    ] = None,
     fallback: Annotated[str, typer.Option(help="For a GPU that torch has no kernels for: stop, or cpu.")] = "stop",
 ) -> None:
     """Predict the test table with finished runs and write a checked submission.
@@ -45,6 +53,7 @@ def infer(
 
     how: dict[str, Any] = {"folds": _folds(fold), "precision": precision, "batch_tokens": batch_tokens, "test": test}
     how |= {"time_budget": time_budget, "out": out, "devices": choose_devices(workers, devices), "fallback": fallback}
+    how |= {"labels": labels}
     try:
         if blend is None:
             write(run or [], weights=weights or "best", **how)
@@ -85,6 +94,13 @@ def bundle(
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as in training.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Weights as float16; the cost on OOF rows is measured.")] = False,
     time_budget: Annotated[str, typer.Option(help="Of the notebook; what will not fit is left out; or none.")] = "8h",
+    labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--labels/--probabilities",
+            help="What binary and multilabel tasks submit; see comp infer.",
+        ),
+    ] = None,
     fallback: Annotated[str, typer.Option(help="For a GPU without kernels: cpu, or stop.")] = "cpu",
     licence: Annotated[str, typer.Option("--licence", help="Of the dataset, as Kaggle names it.")] = "other",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle that is there.")] = False,
@@ -110,6 +126,7 @@ def bundle(
             precision=precision,
             half=half,
             time_budget=None if time_budget == "none" else time_budget,
+            labels=labels,
             fallback=fallback,
             licence=licence,
             overwrite=overwrite,
@@ -155,7 +172,7 @@ def score(
     id_column: Annotated[str | None, typer.Option("--id", help="Id column; default: the submission's first.")] = None,
 ) -> None:
     """Score a submission against a file of true targets."""
-    from comp.ship.submission import score_submission
+    from comp.ship.scoring import score_submission
 
     for part, value in score_submission(submission, truth, metric, id_column).items():
         print(f"{metric} {part}: {value:.5f}")

@@ -38,6 +38,8 @@ class Metric(Row):
     """Mean loss -> the metric; monotone."""
     counts: bool = False
     """Every loss is 0 or 1, so that their sums are exact."""
+    labels: bool = False
+    """It scores labels or grades: of a probability or a value only what it is rounded to counts."""
 
 
 def _squares(targets: Floats, preds: Floats) -> Floats:
@@ -153,6 +155,15 @@ def f1_macro(targets: Floats, preds: Floats) -> float:
     return float(np.mean([_f1(truth == label, guess == label) for label in np.union1d(truth, guess)]))
 
 
+def f1(targets: Floats, preds: Floats) -> float:
+    """Return the F1 of class 1, of all cells together: binary F1, and micro F1 of multilabel columns.
+
+    0.0 without a 1 on either side, as in scikit-learn (zero_division=0).
+    """
+    truth, guess = _labels(targets, preds, "f1")
+    return _f1(truth == 1, guess == 1)
+
+
 def qwk(targets: Floats, preds: Floats) -> float:
     """Return Cohen's kappa with quadratic weights, over grades as numbers: a missing grade keeps its gap.
 
@@ -252,11 +263,17 @@ METRICS: dict[str, Metric] = {
         losses=_misses,
         of_mean=lambda mean: 1.0 - mean,
         counts=True,
+        labels=True,
     ),
-    "f1_macro": Metric(f1_macro, "mean F1 over classes (multilabel: columns)", "scikit-learn", True, CLASSES),
+    "f1": Metric(f1, "F1 of class 1 (multilabel: micro)", "scikit-learn", True, ("binary", "multilabel"), labels=True),
+    "f1_macro": Metric(
+        f1_macro, "mean F1 over classes (multilabel: columns)", "scikit-learn", True, CLASSES, labels=True
+    ),
     "log_loss": Metric(log_loss, "mean negative log likelihood", "scikit-learn", False, PROBABILITIES, _surprises),
     "roc_auc": Metric(roc_auc, "area under the ROC curve, macro (one-vs-rest)", "scikit-learn", True, PROBABILITIES),
-    "qwk": Metric(qwk, "quadratic weighted kappa of grades", "Cohen 1968", True, ("ordinal", "multiclass")),
+    "qwk": Metric(
+        qwk, "quadratic weighted kappa of grades", "Cohen 1968", True, ("ordinal", "multiclass"), labels=True
+    ),
 }
 
 

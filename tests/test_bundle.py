@@ -327,6 +327,21 @@ def mount(root: Path, shape: str, **tables: Any) -> tuple[Path, Path]:
     return bundled, root
 
 
+def test_labels_of_a_bundle_are_those_of_its_notebook(project: TinyCompetition, tmp_path: Path) -> None:
+    """Where they do not fit the task no bundle is made; here one is altered, to see that the notebook asks for them."""
+    message = "--labels and --probabilities are for tasks of kind binary and multilabel; 'main' is regression"
+    with pytest.raises(ValueError, match=message):
+        make_bundle(replace(ORDER, out=tmp_path / "labelled", labels=True), say=silent)
+    assert list(tmp_path.iterdir()) == []
+    where, inputs = mount(tmp_path, "slug", test=project.test, sample_submission=project.sample_submission)
+    manifest = json.loads((where / "MANIFEST.json").read_text())
+    assert manifest["labels"] is None
+    altered = {**manifest, "labels": False}
+    (where / "MANIFEST.json").write_text(json.dumps({**altered, "content": content_of(altered)}))
+    with pytest.raises(ValueError, match=message):
+        rerun(where, inputs, out=tmp_path / "submission.csv", say=silent)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_rerun_is_comp_infer_and_leaves_the_submission_alone(
     shape: str, project: TinyCompetition, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

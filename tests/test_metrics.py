@@ -39,9 +39,9 @@ def _columns(columns: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return targets, np.clip(0.5 * targets + 0.6 * rng.random((N, columns)), 0, 1).round(2)
 
 
-def test_catalogue_has_the_eleven_metrics_with_directions():
+def test_catalogue_has_the_twelve_metrics_with_directions():
     higher = {name for name, row in METRICS.items() if row.higher_is_better}
-    assert higher == {"r2", "pearson", "spearman", "accuracy", "f1_macro", "roc_auc", "qwk"}
+    assert higher == {"r2", "pearson", "spearman", "accuracy", "f1", "f1_macro", "roc_auc", "qwk"}
     assert set(METRICS) - higher == {"rmse", "mae", "mcrmse", "log_loss"}
     for name, row in METRICS.items():
         assert row.kinds, name
@@ -129,6 +129,9 @@ def test_binary_metrics_equal_scikit_learn():
     guess = p[:, 0] >= 0.5
     assert evaluate("accuracy", t, p) == pytest.approx(sk.accuracy_score(t, guess))
     assert evaluate("f1_macro", t, p) == pytest.approx(sk.f1_score(t[:, 0], guess, average="macro"))
+    assert evaluate("f1", t, p) == pytest.approx(sk.f1_score(t[:, 0], guess))
+    assert evaluate("f1", t, 0.4 * p) == 0.0
+    assert evaluate("f1", 0 * t, 0.4 * p) == 0.0
     assert evaluate("roc_auc", t, p) == pytest.approx(sk.roc_auc_score(t[:, 0], p[:, 0]), rel=1e-12)
     assert evaluate("log_loss", t, p) == pytest.approx(sk.log_loss(t[:, 0], np.clip(p[:, 0], 1e-15, 1 - 1e-15)))
 
@@ -139,6 +142,7 @@ def test_multilabel_metrics_equal_scikit_learn():
     assert evaluate("accuracy", t, p) == pytest.approx(sk.accuracy_score(t, guess))  # all columns right
     assert evaluate("accuracy", t, p) < np.mean(t == guess)
     assert evaluate("f1_macro", t, p) == pytest.approx(sk.f1_score(t, guess, average="macro"))
+    assert evaluate("f1", t, p) == pytest.approx(sk.f1_score(t, guess, average="micro"))
     assert evaluate("roc_auc", t, p) == pytest.approx(sk.roc_auc_score(t, p, average="macro"), rel=1e-12)
     clipped = np.clip(p, 1e-15, 1 - 1e-15)
     by_column = [sk.log_loss(t[:, k], clipped[:, k]) for k in range(3)]

@@ -14,13 +14,15 @@ import pytest
 from sklearn import metrics as sk
 
 from comp.config import Task
+from comp.metrics import METRICS
+from comp.ship.scoring import score_submission
 from comp.ship.submission import (
     build_submission,
     build_without_sample,
     read_submission,
-    score_submission,
     strange_labels,
     validate_submission,
+    wants_labels,
     write_submission,
 )
 
@@ -112,6 +114,48 @@ def test_ordinal_is_rounded_and_clipped_where_the_sample_is_whole():
     assert _build(_sample(score=ZEROS), values, ORDINAL)["score"].tolist() == [-1, 9, 3]
     numbers = _build(_sample(score=["1", "2", "2.5"]), values, ORDINAL, ["1", "2", "3"])
     assert numbers["score"].tolist() == [-0.7, 9.2, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "cells", "wanted"),
+    [
+        (BINARY, "accuracy", ["0", "1", "0"], True),
+        (BINARY, "f1", ["0.0", "1.0", "0.0"], True),
+        (BINARY, "f1_macro", [], True),
+        (BINARY, "accuracy", ["0.5", "0.5", "0.5"], False),
+        (BINARY, "accuracy", ["no", "no", "yes"], False),
+        (BINARY, "roc_auc", ["0", "1", "0"], False),
+        (BINARY, "log_loss", ["0", "0", "0"], False),
+        (MULTILABEL, "f1", ["0", "0", "0"], True),
+        (MULTILABEL, "roc_auc", ["0", "0", "0"], False),
+        (MULTICLASS, "accuracy", ["0", "0", "0"], False),
+        (REGRESSION, "rmse", ["0", "0", "0"], False),
+    ],
+)
+def test_labels_are_wanted_where_the_metric_scores_them_and_the_sample_has_them(
+    task: Task, metric: str, cells: list[str], wanted: bool
+):
+    sample = _sample(target=cells or ZEROS) if task is not MULTILABEL else _sample(x=cells, y=cells)
+    about: dict[str, Any] = {"id_column": "id", "task": task, "classes": AUTHORS if task is MULTICLASS else None}
+    assert wants_labels(sample if cells else sample.iloc[:0], **about, metric=metric) is wanted
+    assert wants_labels(None, **about, metric=metric) is (task in (BINARY, MULTILABEL) and METRICS[metric].labels)
+
+
+def test_labels_for_probabilities(tmp_path: Path):
+    values = np.array([[0.5, 0.1], [0.4999, 1.0], [0.0, 0.5]])
+    sample, about = _sample(x=ZEROS, y=ZEROS), {"id_column": "id", "task": MULTILABEL, "hard": True}
+    frame = build_submission(sample, IDS, values, **about)
+    assert frame["id"].tolist() == ["007", "a,b", "3"]
+    assert (frame["x"].tolist(), frame["y"].tolist()) == ([0, 0, 1], [1, 1, 0])
+    write_submission(tmp_path / "s.csv", frame, {})
+    assert (tmp_path / "s.csv").read_text() == 'id,x,y\n007,0,1\n"a,b",0,1\n3,1,0\n'
+    validate_submission(read_submission(tmp_path / "s.csv", "id"), sample, **about)
+    with pytest.raises(ValueError, match=r"column 'y' must hold labels, 0 and 1, got 0\.3"):
+        validate_submission(_frame(x=[0, 1, 1], y=[0, 0.3, 1]), sample, **about)
+    with pytest.raises(ValueError, match="column 'y' must hold probabilities between 0 and 1, got 0 to 2"):
+        validate_submission(_frame(x=[0, 1, 1], y=[0, 2, 1]), sample, **about)
+    alone = build_without_sample(IDS, values[:, :1], id_column="id", task=BINARY, hard=True)
+    assert alone["target"].tolist() == [1, 0, 0]
 
 
 def test_without_a_sample():

@@ -23,7 +23,7 @@ from comp.config import Config
 from comp.metrics import evaluate
 from comp.runs import RunFolder, newest_finished, write_json
 from comp.ship.infer import infer, load
-from comp.ship.submission import score_submission
+from comp.ship.scoring import score_submission
 from comp.training import crossval
 
 Setup = Callable[..., tuple[Config, TinyCompetition]]

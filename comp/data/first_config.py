@@ -289,7 +289,7 @@ def _guess_kind(tables: _Tables, targets: _Targets, reasons: list[str]) -> tuple
     if len(found) < 2:
         raise ValueError(f"{tables.paths['train']}: target '{name}' has a single value, {listed(found)}; name another")
     if set(found) == {0.0, 1.0}:
-        reasons.append("kind: binary (0 and 1); metric: roc_auc, or accuracy or f1_macro where labels are scored")
+        reasons.append("kind: binary (0 and 1); metric: roc_auc, or accuracy, f1 or f1_macro where labels are scored")
         return "binary", "roc_auc"
     if 3 <= len(found) <= 10 and (np.diff(found) == 1).all() and (found == np.round(found)).all():
         reasons.append(

@@ -23,7 +23,7 @@ from comp.progress import open_progress
 from comp.runs import RunFolder, commit, now, read_json, write_json, write_text
 from comp.runtime import FALLBACKS
 from comp.ship.half import cost_of_halves, halve, told
-from comp.ship.infer import must_fit
+from comp.ship.infer import as_labels, must_fit
 from comp.ship.jobs import parse_duration
 from comp.ship.loaded import LoadedRun, load
 from comp.ship.manifest import LOCAL, MANIFEST, content_of, files_of, sha256_of
@@ -61,6 +61,8 @@ class Order:
     """None = as in training."""
     half: bool = False
     time_budget: str | None = "8h"
+    labels: bool | None = None
+    """Whether binary and multilabel tasks submit 0 and 1; see `infer`."""
     fallback: str = "cpu"
     licence: str = "other"
     overwrite: bool = False
@@ -106,6 +108,7 @@ def make_bundle(order: Order, say: Callable[[str], None] = print) -> Path:
         for path, own in zip(paths, weights_each(weights, len(paths)), strict=True)
     ]
     must_fit(runs, blend)
+    as_labels(order.labels, None, runs[0].of_task, blend, runs[0].config.metric)
     order.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=order.out.parent, prefix=".bundle-") as name:
         staged = _Staged(order, Path(name) / slug, runs, blend)
@@ -340,6 +343,7 @@ def _manifest(
         "folds": order.folds,
         "weights": weights,
         "precision": order.precision,
+        "labels": order.labels,
         "fallback": order.fallback,
         "time_budget": order.time_budget,
         "half": None if costs is None else list(costs),

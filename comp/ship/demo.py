@@ -196,7 +196,7 @@ def run_demo(config: str = "configs/demo.yaml", folder: Path = Path("data/demo")
     """
     from comp import config_file
     from comp.ship.infer import infer
-    from comp.ship.submission import score_submission
+    from comp.ship.scoring import score_submission
     from comp.training import crossval
 
     settings = config_file.load(config)

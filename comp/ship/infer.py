@@ -20,22 +20,26 @@ from comp.blend.crossfit import Blend
 from comp.blend.members import weights_each
 from comp.data.tables import Table, read_test
 from comp.data.tokens import Memory
+from comp.metrics import METRICS
 from comp.progress import open_progress
 from comp.runs import digest, kept, newest_finished, read_json
 from comp.ship.jobs import Job, Jobs, parse_duration
 from comp.ship.loaded import Fold, LoadedRun, crew_of, load
 from comp.ship.submission import (
+    HARD,
     build_submission,
     build_without_sample,
     check_path,
+    holds_whole_numbers,
     read_submission,
     strange_labels,
     validate_submission,
+    wants_labels,
     write_submission,
 )
 from comp.ship.workers import Alone, Crew
 
-__all__ = ["LoadedRun", "infer", "load"]
+__all__ = ["LoadedRun", "as_labels", "infer", "load", "must_fit"]
 
 Found = dict[int, list[NDArray[np.float64]]]
 """Run number -> predictions (N, K) of its models."""
@@ -56,6 +60,7 @@ def infer(
     batch_tokens: int | None = None,
     fallback: str = "stop",
     time_budget: str | None = None,
+    labels: bool | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Predict the test table with one or more runs, average them, write and check the submission; return its path.
@@ -69,7 +74,8 @@ def infer(
 
     Texts are tokenized once per tokenizer. What a model has predicted is kept, so that a killed call goes on where it
     was. `time_budget` ("8h"): models that will not fit are left out, lightest run first (see jobs.py), and the file is
-    written anew after every model. Raises ValueError when there is no finished run or no test table, runs or tables do
+    written anew after every model. `labels`: whether binary and multilabel tasks submit 0 and 1 for probabilities; None
+    = where `wants_labels` says so. Raises ValueError when there is no finished run or no test table, runs or tables do
     not fit together, or the submission would not be accepted: nothing is written then.
     """
     seconds = None if time_budget is None else parse_duration(time_budget)
@@ -100,26 +106,27 @@ def infer(
             raise ValueError(f"{run.folder.path} reads other ids from {test_file} than {first.folder.path}")
         names = ", ".join(str(fold) for fold in run.folds)
         say(f"{run.folder.path}: {len(table):,} rows, folds {names} ({run.weights} weights), {run.describe()}")
-    about: Mapping[str, Any] = {
-        "id_column": competition.id,
-        "task": first.task,
-        "classes": first.classes.get(first.task.name),
-    }
+    of_task = first.of_task
+    hard, told = as_labels(labels, layout, of_task, blend, first.config.metric)
     path = Path(out or f"submissions/{first.folder.name if blend is None else blend.path.resolve().parent.name}.csv")
     check_path(path)
     if layout is not None:  # what does not fit it is said now, not after the last model
-        build_submission(layout, ids, np.zeros((len(ids), len(first.output_names))), **about)
-        if strange := strange_labels(layout, **about):
+        build_submission(layout, ids, np.zeros((len(ids), len(first.output_names))), **of_task)
+        if strange := strange_labels(layout, **of_task):
             say(f"warning: {strange}")
+    if told:
+        say(told)
 
     def write(found: Found) -> pd.DataFrame:
         values = _together(found, len(loaded), blend) if ids else np.zeros((0, len(first.output_names)))
-        frame = build_submission(layout, ids, values, **about) if layout is not None else build_without_sample(
-            ids, values, **about
-        )  # fmt: skip
-        validate_submission(frame, layout, **about)
+        frame = (
+            build_without_sample(ids, values, **of_task, hard=hard)
+            if layout is None
+            else build_submission(layout, ids, values, **of_task, hard=hard)
+        )
+        validate_submission(frame, layout, **of_task, hard=hard)
         used = [{**_about(run), "models": len(found.get(number, []))} for number, run in enumerate(loaded)]
-        sidecar: dict[str, Any] = {"test": str(test_file), "weights": weights, "runs": used}
+        sidecar: dict[str, Any] = {"test": str(test_file), "weights": weights, "runs": used, "labels": hard}
         write_submission(path, frame, sidecar if blend is None else {**sidecar, "blend": read_json(blend.path)})
         return frame
 
@@ -245,6 +252,40 @@ def must_fit(runs: Sequence[LoadedRun], blend: Blend | None) -> None:
                 f"{run.folder.path} has another {' and another '.join(changed)} than when {blend.path} was fitted; fit "
                 "the blend anew with `comp blend`"
             )
+
+
+def as_labels(
+    wanted: bool | None, layout: pd.DataFrame | None, of_task: Mapping[str, Any], blend: Blend | None, metric: str
+) -> tuple[bool, str | None]:
+    """Return whether 0 and 1 are submitted for probabilities, and what to say where nobody asked for either.
+
+    `wanted`, `layout` (the sample), `metric`: as of `infer`; a blend has a metric of its own. Raises ValueError where
+    what is wanted does not fit the task or the blend.
+    """
+    task = of_task["task"]
+    if task.kind not in HARD:
+        if wanted is not None:
+            raise ValueError(
+                f"--labels and --probabilities are for tasks of kind {' and '.join(HARD)}; '{task.name}' is "
+                f"{task.kind}, where the sample submission decides: leave them out"
+            )
+        return False, None
+    recipe = None if blend is None else blend.recipe
+    metric = metric if blend is None else blend.problem.metric
+    hard = wants_labels(layout, **of_task, metric=metric) if wanted is None else wanted
+    if hard and recipe is not None and recipe.method == "rank_mean":
+        raise ValueError("--labels: a blend by rank_mean gives ranks, which have no 0.5; use another method")
+    if wanted is not None:
+        return hard, None
+    if hard:
+        calibration = "none" if recipe is None else recipe.calibration
+        better = metric.startswith("f1") and calibration == "none"
+        hint = "; a better threshold: `comp blend --calibration thresholds`, of one run too" if better else ""
+        how = "by the blend's thresholds" if calibration == "thresholds" else "1 from a probability of 0.5 on"
+        return True, f"labels are submitted, {how}, as {metric} scores them{hint}"
+    if not METRICS[metric].labels and layout is not None and len(layout) and holds_whole_numbers(layout, **of_task):
+        return False, "probabilities are submitted; where the competition scores labels, write these with --labels"
+    return False, None
 
 
 def _about(run: LoadedRun) -> dict[str, Any]:

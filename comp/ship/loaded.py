@@ -75,6 +75,12 @@ class LoadedRun:
         """The first device."""
         return self.runtimes[0]
 
+    @property
+    def of_task(self) -> dict[str, Any]:
+        """What submission.py wants to know of the first task."""
+        classes = self.classes.get(self.task.name)
+        return {"id_column": self.config.competition.id, "task": self.task, "classes": classes}
+
     def describe(self) -> str:
         """Return the devices in words."""
         if len(self.runtimes) == 1:

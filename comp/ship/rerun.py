@@ -118,6 +118,7 @@ def rerun(
             precision=manifest["precision"],
             fallback=manifest["fallback"],
             time_budget=manifest["time_budget"],
+            labels=manifest.get("labels"),  # which bundles of before do not say
             say=say,
         )
     return read_frame(path, empty=True)

@@ -1,4 +1,4 @@
-"""Submissions: built from sample_submission.csv, aligned by id, checked, written with a sidecar, scored.
+"""Submissions: built from sample_submission.csv, aligned by id, checked, written with a sidecar.
 
 Tables are read as text, so that ids such as "007" stay what they are. N rows, K target columns, C classes.
 """
@@ -16,30 +16,33 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from comp.catalog import pick
 from comp.config import Task
 from comp.data.frames import cell_strings, parse_numbers, read_frame
-from comp.metrics import METRICS, evaluate
+from comp.metrics import METRICS
 from comp.runs import commit, now, write_atomic, write_json
 
 __all__ = [
+    "HARD",
     "build_submission",
     "build_without_sample",
     "check_path",
+    "check_same_ids",
+    "holds_whole_numbers",
+    "numbers_of",
     "read_submission",
-    "score_submission",
+    "some",
     "strange_labels",
     "validate_submission",
+    "wants_labels",
     "write_submission",
 ]
 
 Floats: TypeAlias = NDArray[np.float64]
 PROBABILITIES = ("binary", "multilabel", "multiclass")
-LABEL_METRICS = ("accuracy", "f1_macro")  # can compare labels that are text
-USAGE = "Usage"  # Kaggle's solution files say here which rows are Public, Private or Ignored
+HARD = ("binary", "multilabel")  # probabilities whose labels are 0 and 1
 
 
-def _some(names: Iterable[Any], most: int = 5) -> str:
+def some(names: Iterable[Any], most: int = 5) -> str:
     """Return "'a', 'b', ..." for a message."""
     names = [str(name) for name in names]
     return ", ".join(f"'{name}'" for name in names[:most]) + (", ..." if len(names) > most else "")
@@ -48,19 +51,19 @@ def _some(names: Iterable[Any], most: int = 5) -> str:
 def _check_unique(ids: Sequence[str], what: str) -> None:
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{what} has {len(twice)} ids more than once: {_some(twice)}")
+        raise ValueError(f"{what} has {len(twice)} ids more than once: {some(twice)}")
 
 
-def _check_same_ids(found: Sequence[str], wanted: Sequence[str], what: str, against: str) -> None:
+def check_same_ids(found: Sequence[str], wanted: Sequence[str], what: str, against: str) -> None:
     """Raise ValueError unless both hold the same ids, each once, in whatever order."""
     _check_unique(wanted, against)
     _check_unique(found, what)
     have, want = set(found), set(wanted)
     faults = []
     if missing := [name for name in wanted if name not in have]:
-        faults.append(f"lacks {len(missing)} of the {len(want)} ids of {against}: {_some(missing)}")
+        faults.append(f"lacks {len(missing)} of the {len(want)} ids of {against}: {some(missing)}")
     if extra := [name for name in found if name not in want]:
-        faults.append(f"has {len(extra)} ids that {against} has not: {_some(extra)}")
+        faults.append(f"has {len(extra)} ids that {against} has not: {some(extra)}")
     if faults:
         raise ValueError(f"{what} {'; and '.join(faults)}")
 
@@ -79,7 +82,7 @@ def _layout(sample: pd.DataFrame, id_column: str, task: Task, classes: Sequence[
     names = [str(name) for name in sample.columns]
     if id_column not in names:
         raise ValueError(
-            f"the sample submission has no id column '{id_column}', it has {_some(names)}; set competition.id"
+            f"the sample submission has no id column '{id_column}', it has {some(names)}; set competition.id"
         )
     found = [name for name in names if name != id_column]
     wanted = list(classes) if task.kind == "multiclass" else list(task.targets)
@@ -89,8 +92,8 @@ def _layout(sample: pd.DataFrame, id_column: str, task: Task, classes: Sequence[
         what = "classes" if task.kind == "multiclass" else "targets"
         alternative = " or a single column of labels" if task.kind == "multiclass" else ""
         raise ValueError(
-            f"the sample submission's columns {_some(found)} are not the {what} of task '{task.name}', "
-            f"{_some(wanted)}{alternative}"
+            f"the sample submission's columns {some(found)} are not the {what} of task '{task.name}', "
+            f"{some(wanted)}{alternative}"
         )
     return found, False
 
@@ -125,7 +128,7 @@ def strange_labels(sample: pd.DataFrame, *, id_column: str, task: Task, classes:
     if not any(parse_numbers(pd.Series(texts, dtype=object))[2].any() for texts in (labels, cells)):
         return None  # numbers all: 0 stands for none
     return (
-        f"the sample submission's column '{columns[0]}' holds {_some(cells)}, none of the labels {_some(labels)} that "
+        f"the sample submission's column '{columns[0]}' holds {some(cells)}, none of the labels {some(labels)} that "
         "are predicted; labels are written as the training table has them: see what the competition's page wants"
     )
 
@@ -136,6 +139,26 @@ def _whole_numbers(sample: pd.DataFrame, columns: Sequence[str]) -> bool:
     return bool(np.all(values == np.floor(values)))
 
 
+def wants_labels(
+    sample: pd.DataFrame | None, *, id_column: str, task: Task, classes: Sequence[Any] | None, metric: str
+) -> bool:
+    """Tell whether the competition wants 0 and 1 where the task predicts probabilities of them.
+
+    So it is for binary and multilabel tasks where the metric scores labels (accuracy, f1, f1_macro) and the sample, if
+    there is one, holds whole numbers only.
+    """
+    if task.kind not in HARD or not METRICS[metric].labels:
+        return False
+    return sample is None or holds_whole_numbers(sample, id_column=id_column, task=task, classes=classes)
+
+
+def holds_whole_numbers(
+    sample: pd.DataFrame, *, id_column: str, task: Task, classes: Sequence[Any] | None = None
+) -> bool:
+    """Tell whether every value of the sample's prediction columns is a whole number."""
+    return _whole_numbers(sample, _layout(sample, id_column, task, _classes(task, classes))[0])
+
+
 def _check_values(ids: Sequence[str], values: Floats, width: int) -> None:
     if values.ndim != 2 or values.shape != (len(ids), width):
         raise ValueError(f"predictions must have shape ({len(ids)}, {width}), got {values.shape}")
@@ -143,7 +166,7 @@ def _check_values(ids: Sequence[str], values: Floats, width: int) -> None:
     if bad.any():
         raise ValueError(
             f"predictions of {int(bad.sum())} rows are NaN or infinite, ids "
-            f"{_some(name for name, is_bad in zip(ids, bad, strict=True) if is_bad)}"
+            f"{some(name for name, is_bad in zip(ids, bad, strict=True) if is_bad)}"
         )
 
 
@@ -164,6 +187,7 @@ def build_submission(
     id_column: str,
     task: Task,
     classes: Sequence[Any] | None = None,
+    hard: bool = False,
 ) -> pd.DataFrame:
     """Return a submission with exactly the sample's ids, row order and columns, filled from `values` by id.
 
@@ -172,12 +196,13 @@ def build_submission(
     targets (a single column may be named otherwise). Multiclass: a single column gets the likeliest label, whole
     numbers written as the sample writes them ("3", not "3.0"), else one column per label gets its probability.
     Ordinal: rounded to the grade where the sample holds whole numbers, and clipped to the range of `classes` when
-    given. Raises ValueError when ids, columns or values do not fit.
+    given. `hard`: binary and multilabel as 0 and 1, a probability from 0.5 on is 1. Raises ValueError when ids, columns
+    or values do not fit.
     """
     labels = _classes(task, classes)
     columns, as_labels = _layout(sample, id_column, task, labels)
     ids, wanted = [str(name) for name in ids], [str(name) for name in sample[id_column]]
-    _check_same_ids(ids, wanted, "the table of predictions", "the sample submission")
+    check_same_ids(ids, wanted, "the table of predictions", "the sample submission")
     names = labels if task.kind == "multiclass" else list(task.targets)
     table = np.asarray(values, dtype=np.float64)
     _check_values(ids, table, len(names))
@@ -192,7 +217,7 @@ def build_submission(
         else:
             # a single column may be called otherwise in the sample
             column = table[:, names.index(name) if len(columns) > 1 else 0]
-            filled[name] = _grades(column, labels) if whole else column
+            filled[name] = _grades(column, labels) if whole or (hard and task.kind in HARD) else column
     return pd.DataFrame(filled)[list(sample.columns)]
 
 
@@ -203,26 +228,27 @@ def build_without_sample(
     id_column: str,
     task: Task,
     classes: Sequence[Any] | None = None,
+    hard: bool = False,
 ) -> pd.DataFrame:
     """Return ids in their order and the target columns; multiclass: one probability column per class.
 
-    Ordinal predictions are rounded to grades.
+    Ordinal predictions are rounded to grades. `hard`: as in `build_submission`.
     """
     sample = _usual_sample([str(name) for name in ids], id_column, task, _classes(task, classes))
-    return build_submission(sample, ids, values, id_column=id_column, task=task, classes=classes)
+    return build_submission(sample, ids, values, id_column=id_column, task=task, classes=classes, hard=hard)
 
 
 # --- checking -----------------------------------------------------------------------------------------------
 
 
-def _numbers(frame: pd.DataFrame, column: str, what: str) -> Floats:
+def numbers_of(frame: pd.DataFrame, column: str, what: str) -> Floats:
     """Return a column as (N,) float64. Raises ValueError on text, empty cells, NaN and infinities."""
     numbers = parse_numbers(frame[column])[0]
     bad = ~np.isfinite(numbers)
     if bad.any():
         raise ValueError(
             f"{what}: column '{column}' has {int(bad.sum())} values that are not finite numbers: "
-            f"{_some(dict.fromkeys(frame[column][bad]))}"
+            f"{some(dict.fromkeys(frame[column][bad]))}"
         )
     return numbers
 
@@ -234,12 +260,13 @@ def validate_submission(
     id_column: str,
     task: Task,
     classes: Sequence[Any] | None = None,
+    hard: bool = False,
 ) -> None:
     """Raise ValueError unless `frame` (built, or read back as text) is what the competition will accept.
 
     Checked: columns and their order, ids (each once, none missing or extra, the sample's order), finite
-    numbers, probabilities within 0..1, whole grades where the sample has them, known class labels. Without a
-    sample the columns are those of `build_without_sample`, and the ids only have to be unique.
+    numbers, probabilities within 0..1 (`hard`: 0 and 1), whole grades where the sample has them, known class labels.
+    Without a sample the columns are those of `build_without_sample`, and the ids only have to be unique.
     """
     what, labels = "the submission", _classes(task, classes)
     if sample is None:
@@ -248,11 +275,11 @@ def validate_submission(
     columns, as_labels = _layout(sample, id_column, task, labels)
     if list(frame.columns) != list(sample.columns):
         raise ValueError(
-            f"{what} must have the columns {_some(sample.columns, 99)}, in this order; got {_some(frame.columns, 99)}"
+            f"{what} must have the columns {some(sample.columns, 99)}, in this order; got {some(frame.columns, 99)}"
         )
     ids, wanted = [str(name) for name in frame[id_column]], [str(name) for name in sample[id_column]]
     _check_unique(ids, what)
-    _check_same_ids(ids, wanted, what, "the sample submission")
+    check_same_ids(ids, wanted, what, "the sample submission")
     if ids != wanted:
         raise ValueError(f"{what} has the sample's ids in another order; sort the rows as in the sample")
     if as_labels:
@@ -260,17 +287,20 @@ def validate_submission(
         labels = _written_as(labels, sample[columns[0]].tolist())
         if unknown := [label for label in given if label not in labels]:
             raise ValueError(
-                f"{what}: column '{columns[0]}' has unknown labels {_some(unknown)}; allowed: {_some(labels, 20)}"
+                f"{what}: column '{columns[0]}' has unknown labels {some(unknown)}; allowed: {some(labels, 20)}"
             )
         return
     whole = task.kind == "ordinal" and _whole_numbers(sample, columns)
     for name in columns:
-        numbers = _numbers(frame, name, what)
+        numbers = numbers_of(frame, name, what)
         if task.kind in PROBABILITIES and len(numbers) and (numbers.min() < 0 or numbers.max() > 1):
             raise ValueError(
                 f"{what}: column '{name}' must hold probabilities between 0 and 1, got {numbers.min():g} to "
                 f"{numbers.max():g}"
             )
+        if hard and task.kind in HARD and np.any(numbers != np.floor(numbers)):
+            odd = numbers[numbers != np.floor(numbers)][0]
+            raise ValueError(f"{what}: column '{name}' must hold labels, 0 and 1, got {odd:g}")
         if whole and np.any(numbers != np.floor(numbers)):
             odd = numbers[numbers != np.floor(numbers)][0]
             raise ValueError(f"{what}: column '{name}' must hold whole grades, got {odd:g}")
@@ -332,93 +362,3 @@ def read_submission(path: Path, id_column: str | None = None, *, empty: bool = F
         raise ValueError(f"{path}: {nameless} rows have an empty '{name}'")
     _check_unique(ids, str(path))
     return frame
-
-
-# --- scoring ------------------------------------------------------------------------------------------------
-
-
-def score_submission(
-    submission_path: Path, truth_path: Path, metric: str, id_column: str | None = None
-) -> dict[str, float]:
-    """Return {"total": score} of a submission against the truth, and a score per value of `Usage`.
-
-    Rows are matched by id (None = the submission's first column) and must be the same on both sides, but
-    for those whose Usage is Ignored. The submission's columns are looked up in the truth; other columns
-    there are left alone. Multiclass: labels against labels (accuracy, f1_macro), or one probability column
-    per label against one column of labels or against one-hot columns. Raises ValueError on files that do
-    not fit.
-    """
-    pick(METRICS, metric, "metric")
-    guess = read_submission(submission_path, id_column)
-    key = id_column if id_column is not None else str(guess.columns[0])
-    truth = read_submission(truth_path, key)
-    by_usage = USAGE in truth.columns and USAGE not in guess.columns
-    if by_usage:
-        ignored = truth[USAGE] == "Ignored"
-        guess = guess[~guess[key].isin(list(truth[key][ignored]))]
-        truth = truth[~ignored]
-    _check_same_ids(list(guess[key]), list(truth[key]), str(submission_path), str(truth_path))
-    guess = guess.set_index(key).loc[list(truth[key])]
-    usage = truth[USAGE].to_numpy(dtype=object) if by_usage else None
-    targets, preds = _scored(truth.drop(columns=[key, *([USAGE] if by_usage else [])]), guess, metric)
-    scores = {"total": evaluate(metric, targets, preds)}
-    for part in sorted(set(usage)) if usage is not None else ():
-        rows = usage == part
-        try:
-            scores[str(part)] = evaluate(metric, targets[rows], preds[rows])
-        except ValueError as fault:
-            raise ValueError(f"rows whose {USAGE} is '{part}': {fault}") from None
-    return scores
-
-
-def _scored(truth: pd.DataFrame, guess: pd.DataFrame, metric: str) -> tuple[Floats, Floats]:
-    """Return targets and predictions as `evaluate` wants them, from text tables whose rows already match."""
-    columns = [str(name) for name in guess.columns]
-    for_classes = "multiclass" in METRICS[metric].kinds
-    if not columns:
-        raise ValueError("the submission has no column besides its ids")
-    if strange := [name for name in columns if name not in truth.columns]:
-        labelled = [name for name in truth.columns if set(truth[name]) <= set(columns)]
-        if for_classes and len(strange) == len(columns) > 1 and len(labelled) == 1:
-            index = [[columns.index(label)] for label in truth[labelled[0]]]
-            return np.asarray(index, dtype=np.float64), _table(guess, columns, "the submission")
-        raise ValueError(
-            f"the submission's columns {_some(strange)} are not in the truth, which has {_some(truth.columns)}"
-        )
-    if len(columns) == 1 and metric in LABEL_METRICS and not _numeric(truth, guess, columns[0]):
-        return _label_indices(truth[columns[0]], guess[columns[0]], columns[0])
-    targets, preds = _table(truth, columns, "the truth"), _table(guess, columns, "the submission")
-    if for_classes and len(columns) > 1 and _one_hot(targets) and _sums_to_one(preds):
-        return targets.argmax(axis=1)[:, None].astype(np.float64), preds
-    return targets, preds
-
-
-def _table(frame: pd.DataFrame, columns: Sequence[str], what: str) -> Floats:
-    return np.stack([_numbers(frame, name, what) for name in columns], axis=1)
-
-
-def _numeric(truth: pd.DataFrame, guess: pd.DataFrame, column: str) -> bool:
-    return all(bool(np.isfinite(parse_numbers(frame[column])[0]).all()) for frame in (truth, guess))
-
-
-def _label_indices(truth: pd.Series, guess: pd.Series, column: str) -> tuple[Floats, Floats]:
-    """Return both columns of labels as indices (N, 1) into their common sorted labels."""
-    for what, cells in (("the truth", truth), ("the submission", guess)):
-        if empty := sum(not str(cell).strip() for cell in cells):
-            raise ValueError(f"{what}: column '{column}' has {empty} empty labels")
-    if not set(truth) & set(guess):
-        raise ValueError(
-            f"column '{column}': none of the submission's labels {_some(dict.fromkeys(guess))} occurs in the "
-            f"truth, which has {_some(dict.fromkeys(truth))}"
-        )
-    index = {label: float(number) for number, label in enumerate(sorted({*truth, *guess}))}
-    targets, preds = (np.asarray([[index[cell]] for cell in cells]) for cells in (truth, guess))
-    return targets, preds
-
-
-def _one_hot(targets: Floats) -> bool:
-    return bool(np.isin(targets, (0.0, 1.0)).all() and (targets.sum(axis=1) == 1).all())
-
-
-def _sums_to_one(preds: Floats) -> bool:
-    return bool(preds.min() >= 0 and np.abs(preds.sum(axis=1) - 1).max() < 1e-3)

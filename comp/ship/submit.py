@@ -145,7 +145,8 @@ def _check_csv(own: _Submission, sample: str | None) -> None:
     if run is not None and config is not None:
         task = config.tasks[0]
         classes = read_json(run.manifest)["classes"].get(task.name)
-        validate_submission(frame, layout, id_column=config.competition.id, task=task, classes=classes)
+        hard = bool((own.sidecar or {}).get("labels"))
+        validate_submission(frame, layout, id_column=config.competition.id, task=task, classes=classes, hard=hard)
         return
     key = str(layout.columns[0])
     if list(frame.columns) != list(layout.columns) or list(frame[key]) != list(layout[key]):

@@ -178,6 +178,7 @@ def _expected(
             weights=manifest["weights"],
             precision=manifest["precision"],
             fallback=manifest["fallback"],
+            labels=manifest.get("labels"),
             say=lambda line: None,
         )
         return read_frame(out, empty=True), "the runs it was made of"
