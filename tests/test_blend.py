@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import TinyCompetition
+from sklearn import metrics as sk
 from typer.testing import CliRunner
 
 from comp import config_file, load
@@ -277,6 +278,53 @@ def test_thresholds_bend_around_one_half_and_keep_the_order() -> None:
     found = apply_calibration("thresholds", fit_calibration("thresholds", problem, values), values)
     assert problem.score(values) < problem.score(found) == 1.0
     assert (np.argsort(found[:, 0]) == np.argsort(values[:, 0])).all()
+
+
+def skewed_labels(metric: str) -> Problem:
+    """Three labels, a rare one and a frequent one, whose best thresholds for F1 are far below 0.5; one run."""
+    draw = np.random.default_rng(1)
+    shares = np.array([0.06, 0.5, 0.75])
+    targets = (draw.random((400, 3)) < shares).astype(float)
+    logits = draw.normal(size=(400, 3)) + 1.5 * targets + np.log(shares / (1 - shares))
+    return Problem(1 / (1 + np.exp(-logits))[None], targets, "multilabel", metric)
+
+
+def test_thresholds_of_labels_are_best_by_the_metric_of_all_columns() -> None:
+    """Macro F1 of labels is the mean of each label's F1 of class 1, not of both its classes."""
+    problem = skewed_labels("f1_macro")
+    values = problem.preds[0]
+    chosen = fit_calibration("thresholds", problem, values)["thresholds"]
+    best = [
+        max(sk.f1_score(truth, column >= border) for border in np.unique(np.quantile(column, np.linspace(0, 1, 2000))))
+        for truth, column in zip(problem.targets.T, values.T, strict=True)
+    ]
+    found = problem.score(apply_calibration("thresholds", {"thresholds": chosen}, values))
+    assert found == pytest.approx(np.mean(best), abs=0.01)
+    assert found > problem.score(values) + 0.05
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1"])
+def test_thresholds_that_a_metric_ties_together_leave_no_better_neighbour(metric: str) -> None:
+    problem = skewed_labels(metric)
+    values = problem.preds[0]
+    chosen = fit_calibration("thresholds", problem, values)["thresholds"]
+
+    def score(borders: list[float]) -> float:
+        return problem.score(apply_calibration("thresholds", {"thresholds": borders}, values))
+
+    found = score(chosen)
+    assert found > score([0.5] * 3)
+    for place in range(3):
+        for border in np.linspace(0.05, 0.95, 19):
+            assert score([*chosen[:place], float(border), *chosen[place + 1 :]]) <= found + 0.005
+
+
+def test_weights_per_column_of_macro_f1_are_those_of_each_columns_f1() -> None:
+    problem = skewed_labels("f1_macro")
+    assert (problem.column(0).metric, problem.column(0).targets.shape) == ("f1", (400, 1))
+    scores = [problem.column(place).score(problem.preds[0][:, place : place + 1]) for place in range(3)]
+    assert np.mean(scores) == pytest.approx(problem.score(problem.preds[0]))
+    assert classes("binary", "f1_macro").column(0).metric == "f1_macro"
 
 
 def test_temperature_of_an_overconfident_run_is_the_one_that_made_it() -> None:

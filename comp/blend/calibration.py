@@ -18,6 +18,7 @@ from comp.catalog import Row, pick
 __all__ = ["CALIBRATORS", "apply_calibration", "fit_calibration"]
 
 Floats: TypeAlias = NDArray[np.float64]
+ROUNDS = 4  # of the search of thresholds; most metrics need one, and a second that moves nothing
 
 
 def none(problem: Problem, values: Floats) -> Parameters:
@@ -55,15 +56,29 @@ def to_grades(parameters: Parameters, values: Floats) -> Floats:
 
 
 def best_thresholds(problem: Problem, values: Floats) -> Parameters:
-    """Search each column's threshold that scores best, among the midpoints of its predictions."""
-    chosen = []
-    for place in range(values.shape[1]):
-        one, column = problem.column(place), values[:, place]
-        distinct = np.unique(np.quantile(column, np.linspace(0, 1, 201)))
-        middles = (distinct[1:] + distinct[:-1]) / 2
-        candidates = [0.5, *(float(border) for border in middles if 0 < border < 1)]
-        chosen.append(min(candidates, key=lambda t: one.loss(around_half({"thresholds": [t]}, column[:, None]))))
+    """Search each column's threshold that scores best beside those of the others, among midpoints of its predictions.
+
+    The columns take turns until none moves, since a metric may tie them together: a row is right when all are.
+    """
+    bent, chosen = values.copy(), [0.5] * values.shape[1]
+    for _ in range(ROUNDS if len(chosen) > 1 else 1):
+        before = list(chosen)
+        for place, column in enumerate(values.T):
+            losses = {}
+            for border in (chosen[place], 0.5, *_middles(column)):
+                bent[:, place] = around_half({"thresholds": border}, column)
+                losses[border] = problem.loss(bent)
+            chosen[place] = min(losses, key=losses.__getitem__)  # of equals the first
+            bent[:, place] = around_half({"thresholds": chosen[place]}, column)
+        if chosen == before:
+            break
     return {"thresholds": chosen}
+
+
+def _middles(column: Floats) -> list[float]:
+    """Return what lies midway between neighbours of 200 quantiles of (N,) predictions, inside 0..1."""
+    distinct = np.unique(np.quantile(column, np.linspace(0, 1, 201)))
+    return [float(border) for border in (distinct[1:] + distinct[:-1]) / 2 if 0 < border < 1]
 
 
 def around_half(parameters: Parameters, values: Floats) -> Floats:

@@ -56,9 +56,10 @@ class Problem:
         return replace(self, preds=self.preds[chosen])
 
     def column(self, place: int) -> Problem:
-        """Return the problem of one output column alone."""
+        """Return the problem of one output column alone: of a mean F1 over columns, the F1 of this one."""
         one = slice(place, place + 1)
-        return replace(self, preds=self.preds[:, :, one], targets=self.targets[:, one])
+        metric = "f1" if (self.kind, self.metric) == ("multilabel", "f1_macro") else self.metric
+        return replace(self, preds=self.preds[:, :, one], targets=self.targets[:, one], metric=metric)
 
     @property
     def truth(self) -> Floats:
