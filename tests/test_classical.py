@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,42 @@ def test_hyperparameters_are_the_best_of_inner_folds_or_the_given_ones() -> None
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_inner_folds_keep_groups_together() -> None:
+    """What tells the group alone is worth nothing on rows of other groups."""
+    draw = np.random.default_rng(0)
+    groups = np.repeat(np.arange(30), 6)
+    targets = (draw.normal(size=30)[groups] + 0.1 * draw.normal(size=180))[:, None]
+    signs = sparse.csr_matrix(draw.normal(size=(30, 25))[groups])
+    fit = Fit("ridge", "regression", "rmse", signs, targets, 1)
+    assert fit.choose({})["alpha"] <= 1
+    assert replace(fit, groups=groups).choose({})["alpha"] == 1000
+    assert replace(fit, groups=np.zeros(180, int)).choose({}) == fit.choose({}), "one group cannot be parted"
+
+
+def test_groups_of_the_config_are_those_of_the_inner_folds(
+    setup: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, competition = setup()
+    train = pd.read_csv(competition.train, dtype=str)
+    train["site"] = [f"s{row % 9}" for row in range(len(train))]
+    train.to_csv(competition.train, index=False)
+    config = config_file.load("tiny.yaml", ["folds.splitter=group", "folds.group=site"])
+    real, seen = Fit.choose, []
+    monkeypatch.setattr(Fit, "choose", lambda fit, *words: seen.append(fit.groups) or real(fit, *words))
+    fitted(config, "grouped", ["tfidf"])
+    folds = pd.read_csv("folds/tiny-regression.csv", dtype=str).set_index("id")["fold"].astype(int)
+    for fold in (0, 1):
+        sites = train["site"][(folds.loc[train["id"]] != fold).to_numpy()]
+        assert (seen[fold] == sites.str[1:].astype(int).to_numpy()).all()
+
+
+def test_a_part_with_a_single_class_is_predicted_as_that_class() -> None:
+    truth = np.eye(3)[[2, 2, 2]]
+    seen = sparse.csr_matrix(np.eye(3))
+    fit = Fit("ridge", "multiclass", "log_loss", seen, np.full((3, 1), 2.0), 3)
+    assert (fit.predict({"alpha": 1.0}, seen) == truth).all()
 
 
 @pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "multilabel", "ordinal"])

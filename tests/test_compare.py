@@ -19,9 +19,10 @@ from conftest import write_tiny_competition
 
 from comp import config_file
 from comp.blend.classical import run_classical
+from comp.blend.members import gather
 from comp.cli import app
 from comp.metrics import evaluate
-from comp.ship.compare import compare
+from comp.ship.compare import compare, paired_bootstrap
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +120,32 @@ def test_html_has_the_same_numbers_and_a_picture(home: Path, tmp_path: Path) -> 
     assert (tmp_path / "ab" / "difference.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_grouped_rows_are_warned_of(home: Path, tmp_path: Path) -> None:
+def test_rows_that_go_together_are_drawn_together(home: Path, tmp_path: Path) -> None:
     shutil.copytree("runs/a", tmp_path / "grouped")
     config = yaml.safe_load((tmp_path / "grouped" / "config.yaml").read_text())
+    train = pd.read_csv(config["competition"]["train"], dtype=str)
     config["folds"] |= {"splitter": "group", "group": "site"}
+    config["competition"]["train"] = str(tmp_path / "train.csv")
     (tmp_path / "grouped" / "config.yaml").write_text(yaml.safe_dump(config))
+    train.to_csv(tmp_path / "train.csv", index=False)
     text = compare([tmp_path / "grouped", "runs/b"], resamples=100)
-    assert "Rows go together by 'site', but are drawn one by one: the intervals are too narrow." in text
+    said = "warning: Rows go together by 'site', but are drawn one by one, so that the intervals are too narrow: "
+    assert said in text and "no column 'site'" in text
+
+    train["site"] = [f"s{row % 7}" for row in range(len(train))]
+    train.to_csv(tmp_path / "train.csv", index=False)
+    text = compare([tmp_path / "grouped", "runs/b"], resamples=100)
+    assert "draws of whole groups of 'site', of which there are 7, with replacement" in " ".join(text.split())
+    assert "one by one" not in text and "From so few groups it is rough." in " ".join(text.split())
+    low, high = lines_of(text, "b ")[0][3:5]
+    members = gather([tmp_path / "grouped", "runs/b"])
+    sites = train.set_index("id").loc[list(members.ids), "site"].str[1:].astype(int).to_numpy()
+    found = paired_bootstrap(members.problem, groups=sites, resamples=100)
+    assert [low, high] == [f"{found.low[1]:+.5f}", f"{found.high[1]:+.5f}"]
+
+    train.iloc[1:].to_csv(tmp_path / "train.csv", index=False)
+    text = compare([tmp_path / "grouped", "runs/b"], resamples=100)
+    assert said in text and f"has no row '{train['id'][0]}'" in text
 
 
 def test_runs_of_the_same_name_are_told_apart(home: Path, tmp_path: Path) -> None:

@@ -165,6 +165,18 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 0.86 <= hits / 120 <= 0.99
 
 
+def test_whole_groups_are_drawn() -> None:
+    """Each row five times over says no more than once: the interval stays; rows drawn one by one make it too narrow."""
+    one = problem("regression", "mae", rows=100)
+    five = Problem(np.repeat(one.preds, 5, axis=1), np.repeat(one.targets, 5, axis=0), one.kind, one.metric)
+    groups = np.repeat(np.arange(100), 5)
+    alone, grouped = paired_bootstrap(one, seed=3), paired_bootstrap(five, groups=groups, seed=3)
+    assert grouped.low == pytest.approx(alone.low) and grouped.high == pytest.approx(alone.high)
+    narrow = paired_bootstrap(five, seed=3)
+    width = grouped.high[1] - grouped.low[1]
+    assert narrow.high[1] - narrow.low[1] == pytest.approx(width / 5**0.5, rel=0.1)
+
+
 def test_the_same_seed_gives_the_same_interval() -> None:
     one = problem("binary", "roc_auc")
     first, again, other = (paired_bootstrap(one, resamples=100, seed=seed) for seed in (0, 0, 1))

@@ -21,6 +21,7 @@ from comp.blend.ensemble import PROBABILITIES, Problem, fit_predict, one_hot
 from comp.blend.features import CACHE, Source, check_folds_of_runs, check_runs, keep_backbone, parse_features, transform
 from comp.catalog import Row, pick
 from comp.config import Config
+from comp.data.splitters import group_codes
 from comp.data.tables import Table
 from comp.lock import hold
 from comp.metrics import evaluate
@@ -123,6 +124,8 @@ class Fit:
     targets: Floats
     """(N, K), or (N, 1) class indices."""
     num_outputs: int
+    groups: NDArray[np.int64] | None = None
+    """(N,) numbers of rows that go together, for the inner folds; None where rows stand alone."""
 
     def predict(self, options: Mapping[str, Any], wanted: Any) -> Floats:
         """Fit with the given hyperparameters; return (M, K) for the features `wanted`."""
@@ -146,18 +149,22 @@ class Fit:
 
     def choose(self, given: Mapping[str, Any], advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Return the best of the grid by inner folds; `advance` is called after each of it."""
-        from sklearn.model_selection import KFold
+        from sklearn.model_selection import GroupKFold, KFold
 
         grid = self.grid(given)
         if len(grid) == 1:
             advance()
             return dict(grid[0])
-        inner = list(KFold(INNER_FOLDS, shuffle=True, random_state=0).split(self.targets))
+        number = INNER_FOLDS if self.groups is None else min(INNER_FOLDS, len(np.unique(self.groups)))
+        if self.groups is None or number < 2:
+            inner = list(KFold(INNER_FOLDS, shuffle=True, random_state=0).split(self.targets))
+        else:  # as the outer folds: held-out rows are of other groups
+            inner = list(GroupKFold(number).split(self.targets, groups=self.groups))
 
         def loss(options: dict[str, Any]) -> float:
             found = np.zeros((len(self.targets), self.num_outputs))
             for rows, held in inner:
-                part = replace(self, seen=self.seen[rows], targets=self.targets[rows])
+                part = replace(self, seen=self.seen[rows], targets=self.targets[rows], groups=None)
                 found[held] = part.predict(options, self.seen[held])
             return Problem(found[None], self.targets, self.kind, self.metric).loss(found)
 
@@ -233,6 +240,7 @@ def _run(
         restart=wanted if restart else [],
     )
     write_json(folder.classical, about)
+    groups = None if config.folds.group is None else group_codes(table, config.folds)
     if ("embeddings", "") in chosen:
         keep_backbone(config, folder.backbone)
     for fold in wanted:
@@ -248,6 +256,7 @@ def _run(
         targets = table.targets[task.name].astype(np.float64)
         num_outputs = len(oof.output_names(task, table.classes))
         fit = Fit(estimator, task.kind, config.metric, matrix[training], targets[training], num_outputs)
+        fit = fit if groups is None else replace(fit, groups=groups[training])
         size = len(fit.grid(options)) + 1  # the last is the fit that counts
         later = [one for one in wanted[wanted.index(fold) + 1 :] if not folder.fold(one).done.exists()]
         progress = open_progress(size, f"fold {fold}", "fit", to_come=len(later) * size)

@@ -261,8 +261,11 @@ def fit_predict(fresh: Callable[[], Any], kind: str, seen: Any, truth: Floats, w
         columns = [fresh().fit(seen, column).predict(wanted) for column in truth.T]
         return tidy(np.stack(columns, axis=1), kind)
     if kind == "multiclass":
-        model = fresh().fit(seen, truth.argmax(axis=1))
-        found = np.zeros((wanted.shape[0], truth.shape[1]))
+        found, labels = np.zeros((wanted.shape[0], truth.shape[1])), truth.argmax(axis=1)
+        if len(set(labels)) < 2:
+            found[:, labels[0]] = 1.0
+            return found
+        model = fresh().fit(seen, labels)
         found[:, model.classes_.astype(int)] = model.predict_proba(wanted)
         return found
     columns = []

@@ -1,7 +1,8 @@
 """`comp compare`: runs side by side, their paired differences to the first with intervals, and what differs in them.
 
 The bootstrap draws rows with replacement, the same rows for every run, and scores all runs on them: so it works for any
-metric and the rows that are hard for all cancel out. The interval is the percentile one (Efron 1979, Annals of
+metric and the rows that are hard for all cancel out. Rows that go together (folds.group) are drawn together, whole
+groups with replacement (Davison & Hinkley 1997, section 3.8). The interval is the percentile one (Efron 1979, Annals of
 Statistics 7; Efron & Tibshirani 1993, chapter 13). It covers the choice of the rows, not that of the seed.
 """
 
@@ -19,6 +20,8 @@ from comp import config_file
 from comp.blend.ensemble import Problem
 from comp.blend.members import Member, Members, gather
 from comp.catalog import pick
+from comp.data.splitters import group_codes
+from comp.data.tables import read_train
 from comp.metrics import METRICS, evaluate_known
 from comp.progress import open_progress
 from comp.runs import read_json
@@ -30,6 +33,7 @@ __all__ = ["Differences", "compare", "paired_bootstrap"]
 
 SEED, LEVEL = 0, 0.95
 LEAST_RESAMPLES = 100
+FEW_GROUPS = 30
 Floats = NDArray[np.float64]
 
 
@@ -51,19 +55,23 @@ class Differences:
     """Those on which it is not (a single class drawn), left out."""
 
 
-def paired_bootstrap(problem: Problem, *, resamples: int = 1000, seed: int = SEED) -> Differences:
-    """Score all runs on `resamples` draws of the rows.
+def paired_bootstrap(
+    problem: Problem, *, groups: NDArray[np.int64] | None = None, resamples: int = 1000, seed: int = SEED
+) -> Differences:
+    """Score all runs on `resamples` draws of the rows, or of whole `groups` (N,), numbers of rows that go together.
 
     Raises ValueError when the metric is not defined on the rows, or on fewer than half of the draws.
     """
     scores = np.array([problem.score(preds) for preds in problem.preds])
     draw = np.random.default_rng(seed)
     number = len(problem.targets)
+    rows_of = [] if groups is None else [np.flatnonzero(groups == one) for one in np.unique(groups)]
     found = []
     progress = open_progress(resamples, "resamples", "draw")
     try:
         for _ in range(resamples):
-            part = problem.rows(draw.integers(0, number, number))
+            drawn = draw.integers(0, len(rows_of) or number, len(rows_of) or number)
+            part = problem.rows(np.concatenate([rows_of[group] for group in drawn]) if rows_of else drawn)
             own = [evaluate_known(problem.metric, part.targets, preds, problem.kind) for preds in part.preds]
             if None not in own:
                 found.append(own)
@@ -75,8 +83,8 @@ def paired_bootstrap(problem: Problem, *, resamples: int = 1000, seed: int = SEE
             f"{problem.metric} is not defined on {resamples - len(found)} of {resamples} draws of {number} rows (a "
             "single class in them); compare on more rows, or by another --metric"
         )
-    drawn = np.array(found, np.float64)
-    apart = drawn - drawn[:, :1]
+    scored = np.array(found, np.float64)
+    apart = scored - scored[:, :1]
     low, high = np.quantile(apart, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0)
     gain = apart if METRICS[problem.metric].higher_is_better else -apart
     better = (gain > 0).mean(axis=0) + 0.5 * (gain == 0).mean(axis=0)
@@ -108,10 +116,27 @@ def compare(
     if problem.kind not in row.kinds:
         fitting = [name for name, one in METRICS.items() if problem.kind in one.kinds]
         raise ValueError(f"metric '{problem.metric}' does not fit kind '{problem.kind}'; allowed: {', '.join(fitting)}")
-    page = _page(members, paired_bootstrap(problem, resamples=resamples))
+    groups, fault = _groups(members)
+    found = paired_bootstrap(problem, groups=groups, resamples=resamples)
+    page = _page(members, found, groups, fault)
     if html is not None:
         write_page(page, Path(html))
     return render_text(page)
+
+
+def _groups(members: Members) -> tuple[NDArray[np.int64] | None, str | None]:
+    """Return the group (N,) of each row, where rows go together, and why it is not known where it is not."""
+    config = members.members[0].config
+    if config.folds.group is None:
+        return None, None
+    try:
+        table = read_train(config.competition, config.tasks)
+        of_id = dict(zip(table.ids, group_codes(table, config.folds), strict=True))
+        return np.array([of_id[name] for name in members.ids], np.int64), None
+    except ValueError as fault:
+        return None, str(fault)
+    except KeyError as fault:
+        return None, f"{config.competition.train} has no row {fault}"
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
@@ -123,12 +148,12 @@ def _names(members: Members) -> list[str]:
     return names if len(set(names)) == len(names) else [str(member.folder.path) for member in members.members]
 
 
-def _page(members: Members, found: Differences) -> Page:
+def _page(members: Members, found: Differences, groups: NDArray[np.int64] | None, fault: str | None) -> Page:
     problem, names = members.problem, _names(members)
     better = "higher" if METRICS[problem.metric].higher_is_better else "lower"
     about = f"{problem.metric} ({better} is better) of {members.weights} weights on {len(members.ids):,} rows"
     panels = [
-        Panel("differences", "Paired differences", [*_warnings(members), *_differences(members, found)]),
+        Panel("differences", "Paired differences", [*_warnings(members, fault), *_differences(members, found, groups)]),
         Panel("folds", "By fold", _folds(members)),
         Panel("runs", "Each run by itself", [_own_scores(members)]),
         Panel("config", "What differs in the configs", _configs(members)),
@@ -138,7 +163,7 @@ def _page(members: Members, found: Differences) -> Page:
     return Page(title, about, [panel for panel in panels if panel.blocks])
 
 
-def _warnings(members: Members) -> list[Block]:
+def _warnings(members: Members, fault: str | None) -> list[Block]:
     found = []
     first = members.members[0]
     if members.dropped:
@@ -153,9 +178,10 @@ def _warnings(members: Members) -> list[Block]:
             "The runs read different texts or tasks (the fingerprints of their data differ); the targets of the rows "
             "that they share are the same."
         )
-    if first.config.folds.group is not None:
+    if fault is not None:
         found.append(
-            f"Rows go together by '{first.config.folds.group}', but are drawn one by one: the intervals are too narrow."
+            f"Rows go together by '{first.config.folds.group}', but are drawn one by one, so that the intervals are "
+            f"too narrow: {fault}."
         )
     return [Note(text, warning=True) for text in found]
 
@@ -168,7 +194,7 @@ def _signed(value: float) -> str:
     return f"{value:+.5f}"
 
 
-def _differences(members: Members, found: Differences) -> list[Block]:
+def _differences(members: Members, found: Differences, groups: NDArray[np.int64] | None) -> list[Block]:
     names = _names(members)
     apart = found.scores - found.scores[0]
     rows = [[names[0], f"{found.scores[0]:.5f}", "-", "-", "-", "-"]]
@@ -184,11 +210,17 @@ def _differences(members: Members, found: Differences) -> list[Block]:
         for run in range(1, len(names))
     ]
     heads = ["run", members.problem.metric, "difference", "2.5%", "97.5%", "better in"]
+    drawn = "the rows"
+    if groups is not None:
+        number, column = len(np.unique(groups)), members.members[0].config.folds.group
+        drawn = f"whole groups of '{column}', of which there are {number:,},"
     text = (
         f"Score of all rows at once, minus that of {names[0]}. Interval: percentiles over {found.resamples:,} draws of "
-        f"the rows with replacement (seed {SEED}), the same rows for every run. It covers the choice of the rows, not "
+        f"{drawn} with replacement (seed {SEED}), the same rows for every run. It covers the choice of the rows, not "
         "that of the seed: two runs that differ in their seed alone differ, too."
     )
+    if groups is not None and len(np.unique(groups)) < FEW_GROUPS:
+        text += " From so few groups it is rough."
     if found.undefined:
         text += f" {found.undefined:,} draws more are left out: the metric is not defined on them."
     data = {
