@@ -243,7 +243,7 @@ def roc_auc(targets: Floats, preds: Floats) -> float:
 
 # --- the catalogue ------------------------------------------------------------------------------------------
 
-NUMBERS = ("regression", "ordinal")
+NUMBERS = ("regression", "ordinal", "binary", "multilabel")  # targets between 0 and 1 are numbers too
 CLASSES = ("binary", "multiclass", "multilabel", "ordinal")
 PROBABILITIES = ("binary", "multiclass", "multilabel")
 
@@ -253,7 +253,7 @@ METRICS: dict[str, Metric] = {
     "r2": Metric(r2, "coefficient of determination, mean over columns", "scikit-learn", True, NUMBERS),
     "pearson": Metric(pearson, "linear correlation, mean over columns", "SciPy", True, NUMBERS),
     "spearman": Metric(spearman, "rank correlation, mean over columns", "SciPy", True, NUMBERS),
-    "mcrmse": Metric(mcrmse, "mean over columns of each column's RMSE", "Kaggle", False, ("regression",)),
+    "mcrmse": Metric(mcrmse, "mean over columns of each column's RMSE", "Kaggle", False, ("regression", "multilabel")),
     "accuracy": Metric(
         accuracy,
         "share of rows that are all right",

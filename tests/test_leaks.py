@@ -188,6 +188,9 @@ def test_too_good_to_be_true() -> None:
     labels = (truth > 0).astype(float)
     assert "a (roc_auc 1.00000, above 0.9999); look for the target" in found("binary", labels, 0.5 + labels / 4)
     assert found("binary", labels * 0, labels) == "None"
+    shares = 1 / (1 + np.exp(-truth))
+    assert "a (pearson 0.99" in found("binary", shares, np.clip(shares + 0.001 * draw.normal(size=(200, 1)), 0, 1))
+    assert found("binary", shares, np.clip(shares + 0.1 * draw.normal(size=(200, 1)), 0, 1)) == "None"
 
 
 def test_a_blend_and_lint_doubt_a_run_that_is_too_good(

@@ -47,7 +47,9 @@ def test_catalogue_has_the_twelve_metrics_with_directions():
         assert row.kinds, name
         assert set(row.kinds) <= set(get_args(Kind))
         assert row.about
-    assert METRICS["mcrmse"].kinds == ("regression",)
+    assert METRICS["mcrmse"].kinds == ("regression", "multilabel")
+    for name in ("rmse", "mae", "r2", "pearson", "spearman"):  # soft labels, trained by bce, are scored by these
+        assert set(METRICS[name].kinds) == {"regression", "ordinal", "binary", "multilabel"}
     assert set(METRICS["qwk"].kinds) == {"ordinal", "multiclass"}
 
 

@@ -112,6 +112,27 @@ def test_several_tasks_with_missing_targets_train_and_are_all_reported(setup: Se
     assert list(load("runs/tiny").predict(pd.read_csv(competition.test, dtype=str)).columns) == ["id", "target"]
 
 
+@pytest.mark.parametrize(("kind", "metric"), [("binary", "pearson"), ("multilabel", "mcrmse")])
+def test_targets_between_0_and_1_are_trained_by_cross_entropy_and_scored_as_numbers(
+    kind: str, metric: str, setup: Setup
+) -> None:
+    def shares(frame: pd.DataFrame) -> None:
+        frame["target"] = 1 / (1 + np.exp(-3 * frame["target"].astype(float)))
+        frame["other"] = 1 - frame["target"] / 2
+
+    names = ["target"] if kind == "binary" else ["target", "other"]
+    config, competition = setup("regression", [{**FIRST, "kind": kind, "targets": names}], shares, metric=metric)
+    sample = pd.read_csv(competition.sample_submission, dtype=str)
+    sample.assign(**dict.fromkeys(names, "0")).to_csv(competition.sample_submission, index=False)
+    scores = run(config)
+    rows = pd.read_parquet("runs/tiny/oof.parquet")
+    targets, preds = (rows[[f"{which}_main_{name}" for name in names]].to_numpy() for which in ("target", "pred"))
+    assert scores.pooled == evaluate(metric, targets, preds) and len(np.unique(targets)) > 20
+    assert ((preds > 0) & (preds < 1)).all()
+    submission = pd.read_csv(infer(["runs/tiny"], say=SAID.append))
+    assert ((submission[names] > 0) & (submission[names] < 1)).all(axis=None)
+
+
 def test_auxiliary_tasks_change_the_first_and_a_task_without_weight_in_a_fold_does_not_break_it(setup: Setup) -> None:
     def late(frame: pd.DataFrame) -> None:
         add_columns(frame)

@@ -20,7 +20,6 @@ from comp.blend.crossfit import Blend
 from comp.blend.members import weights_each
 from comp.data.tables import Table, read_test
 from comp.data.tokens import Memory
-from comp.metrics import METRICS
 from comp.progress import open_progress
 from comp.runs import digest, kept, newest_finished, read_json
 from comp.ship.jobs import Job, Jobs, parse_duration
@@ -283,7 +282,8 @@ def as_labels(
         hint = "; a better threshold: `comp blend --calibration thresholds`, of one run too" if better else ""
         how = "by the blend's thresholds" if calibration == "thresholds" else "1 from a probability of 0.5 on"
         return True, f"labels are submitted, {how}, as {metric} scores them{hint}"
-    if not METRICS[metric].labels and layout is not None and len(layout) and holds_whole_numbers(layout, **of_task):
+    of_classes = metric in ("roc_auc", "log_loss")
+    if of_classes and layout is not None and len(layout) and holds_whole_numbers(layout, **of_task):
         return False, "probabilities are submitted; where the competition scores labels, write these with --labels"
     return False, None
 
