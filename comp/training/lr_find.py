@@ -204,7 +204,7 @@ def lr_find(
 def _test(config: Config, lrs: Numbers, fold: int) -> Curve:
     check_shard(config, together=False)
     runtime = open_runtime(config.training.precision)
-    tokenizer = load_tokenizer(config.model.backbone)
+    tokenizer = load_tokenizer(config.model.backbone, config.model.new_tokens)
     table, _ = read_competition(config.competition, config.tasks)
     folding = get_folds(FOLDS / f"{config.fold_name}.csv", table, config.tasks, config.folds)
     training, _ = rows_of(fold, config, table, folding)

@@ -101,6 +101,11 @@ def _run(config: Config, name: str, fold: str | None, restart: bool, save_every:
     options = config.pretrain or Pretrain()
     folder = RunFolder(Path("runs") / name)
     runtime = open_runtime(config.training.precision)
+    if config.model.new_tokens:
+        raise ValueError(
+            "comp pretrain keeps the tokenizer as it is: give model.new_tokens to the training that comes after it, "
+            "and leave them out here (--set model.new_tokens=[])"
+        )
     tokenizer = load_tokenizer(config.model.backbone)
     seed_everything(config.training.seed)
     learner, about_head = load_learner(config, options, tokenizer)
