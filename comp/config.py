@@ -218,7 +218,8 @@ class Model(Section):
     """Read long texts whole, as windows of max_length; null = cut them. The cost grows with the windows."""
     new_tokens: list[str] = Field(default_factory=list)
     """Tokens that the tokenizer is given besides its own, each with an embedding that begins as the mean of all: "\\n"
-    where it drops line ends (DeBERTa), or marks that stand in the texts, such as [NAME]."""
+    where it drops line ends (DeBERTa), or marks that stand in the texts, such as [NAME]. The features `embeddings` of
+    `comp classical` are of the model as it was pretrained, without them."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """Every dropout of the backbone; null = the checkpoint's own."""
     attention: Literal["auto", "sdpa", "eager", "blocked", "packed"] = "auto"
