@@ -14,9 +14,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp.catalog import pick
-from comp.data.frames import parse_numbers
+from comp.data.frames import listed, parse_numbers
 from comp.metrics import METRICS, evaluate
-from comp.ship.submission import check_same_ids, numbers_of, read_submission, some
+from comp.ship.submission import check_same_ids, numbers_of, read_submission
 
 __all__ = ["score_submission"]
 
@@ -71,7 +71,7 @@ def _scored(truth: pd.DataFrame, guess: pd.DataFrame, metric: str) -> tuple[Floa
             index = [[columns.index(label)] for label in truth[labelled[0]]]
             return np.asarray(index, dtype=np.float64), _table(guess, columns, "the submission")
         raise ValueError(
-            f"the submission's columns {some(strange)} are not in the truth, which has {some(truth.columns)}"
+            f"the submission's columns {listed(strange, 5)} are not in the truth, which has {listed(truth.columns, 5)}"
         )
     if len(columns) == 1 and metric in TEXT_METRICS and not _numeric(truth, guess, columns[0]):
         return _label_indices(truth[columns[0]], guess[columns[0]], columns[0])
@@ -96,8 +96,8 @@ def _label_indices(truth: pd.Series, guess: pd.Series, column: str) -> tuple[Flo
             raise ValueError(f"{what}: column '{column}' has {empty} empty labels")
     if not set(truth) & set(guess):
         raise ValueError(
-            f"column '{column}': none of the submission's labels {some(dict.fromkeys(guess))} occurs in the "
-            f"truth, which has {some(dict.fromkeys(truth))}"
+            f"column '{column}': none of the submission's labels {listed(guess, 5)} occurs in the "
+            f"truth, which has {listed(truth, 5)}"
         )
     index = {label: float(number) for number, label in enumerate(sorted({*truth, *guess}))}
     targets, preds = (np.asarray([[index[cell]] for cell in cells]) for cells in (truth, guess))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from comp.config import Task
-from comp.data.frames import cell_strings, parse_numbers, read_frame
+from comp.data.frames import cell_strings, listed, parse_numbers, read_frame
 from comp.metrics import METRICS
 from comp.runs import commit, now, write_atomic, write_json
 
@@ -30,7 +30,6 @@ __all__ = [
     "holds_whole_numbers",
     "numbers_of",
     "read_submission",
-    "some",
     "strange_labels",
     "validate_submission",
     "wants_labels",
@@ -42,16 +41,10 @@ PROBABILITIES = ("binary", "multilabel", "multiclass")
 HARD = ("binary", "multilabel")  # probabilities whose labels are 0 and 1
 
 
-def some(names: Iterable[Any], most: int = 5) -> str:
-    """Return "'a', 'b', ..." for a message."""
-    names = [str(name) for name in names]
-    return ", ".join(f"'{name}'" for name in names[:most]) + (", ..." if len(names) > most else "")
-
-
 def _check_unique(ids: Sequence[str], what: str) -> None:
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{what} has {len(twice)} ids more than once: {some(twice)}")
+        raise ValueError(f"{what} has {len(twice)} ids more than once: {listed(twice, 5)}")
 
 
 def check_same_ids(found: Sequence[str], wanted: Sequence[str], what: str, against: str) -> None:
@@ -61,9 +54,9 @@ def check_same_ids(found: Sequence[str], wanted: Sequence[str], what: str, again
     have, want = set(found), set(wanted)
     faults = []
     if missing := [name for name in wanted if name not in have]:
-        faults.append(f"lacks {len(missing)} of the {len(want)} ids of {against}: {some(missing)}")
+        faults.append(f"lacks {len(missing)} of the {len(want)} ids of {against}: {listed(missing, 5)}")
     if extra := [name for name in found if name not in want]:
-        faults.append(f"has {len(extra)} ids that {against} has not: {some(extra)}")
+        faults.append(f"has {len(extra)} ids that {against} has not: {listed(extra, 5)}")
     if faults:
         raise ValueError(f"{what} {'; and '.join(faults)}")
 
@@ -82,7 +75,7 @@ def _layout(sample: pd.DataFrame, id_column: str, task: Task, classes: Sequence[
     names = [str(name) for name in sample.columns]
     if id_column not in names:
         raise ValueError(
-            f"the sample submission has no id column '{id_column}', it has {some(names)}; set competition.id"
+            f"the sample submission has no id column '{id_column}', it has {listed(names, 5)}; set competition.id"
         )
     found = [name for name in names if name != id_column]
     wanted = list(classes) if task.kind == "multiclass" else list(task.targets)
@@ -92,8 +85,8 @@ def _layout(sample: pd.DataFrame, id_column: str, task: Task, classes: Sequence[
         what = "classes" if task.kind == "multiclass" else "targets"
         alternative = " or a single column of labels" if task.kind == "multiclass" else ""
         raise ValueError(
-            f"the sample submission's columns {some(found)} are not the {what} of task '{task.name}', "
-            f"{some(wanted)}{alternative}"
+            f"the sample submission's columns {listed(found, 5)} are not the {what} of task '{task.name}', "
+            f"{listed(wanted, 5)}{alternative}"
         )
     return found, False
 
@@ -128,8 +121,9 @@ def strange_labels(sample: pd.DataFrame, *, id_column: str, task: Task, classes:
     if not any(parse_numbers(pd.Series(texts, dtype=object))[2].any() for texts in (labels, cells)):
         return None  # numbers all: 0 stands for none
     return (
-        f"the sample submission's column '{columns[0]}' holds {some(cells)}, none of the labels {some(labels)} that "
-        "are predicted; labels are written as the training table has them: see what the competition's page wants"
+        f"the sample submission's column '{columns[0]}' holds {listed(cells, 5)}, none of the labels "
+        f"{listed(labels, 5)} that are predicted; labels are written as the training table has them: see "
+        "what the competition's page wants"
     )
 
 
@@ -166,7 +160,7 @@ def _check_values(ids: Sequence[str], values: Floats, width: int) -> None:
     if bad.any():
         raise ValueError(
             f"predictions of {int(bad.sum())} rows are NaN or infinite, ids "
-            f"{some(name for name, is_bad in zip(ids, bad, strict=True) if is_bad)}"
+            f"{listed((name for name, is_bad in zip(ids, bad, strict=True) if is_bad), 5)}"
         )
 
 
@@ -217,7 +211,7 @@ def build_submission(
         else:
             # a single column may be called otherwise in the sample
             column = table[:, names.index(name) if len(columns) > 1 else 0]
-            filled[name] = _grades(column, labels) if whole or (hard and task.kind in HARD) else column
+            filled[name] = _grades(column, labels) if whole or hard else column
     return pd.DataFrame(filled)[list(sample.columns)]
 
 
@@ -248,7 +242,7 @@ def numbers_of(frame: pd.DataFrame, column: str, what: str) -> Floats:
     if bad.any():
         raise ValueError(
             f"{what}: column '{column}' has {int(bad.sum())} values that are not finite numbers: "
-            f"{some(dict.fromkeys(frame[column][bad]))}"
+            f"{listed(frame[column][bad], 5)}"
         )
     return numbers
 
@@ -275,7 +269,7 @@ def validate_submission(
     columns, as_labels = _layout(sample, id_column, task, labels)
     if list(frame.columns) != list(sample.columns):
         raise ValueError(
-            f"{what} must have the columns {some(sample.columns, 99)}, in this order; got {some(frame.columns, 99)}"
+            f"{what} must have the columns {listed(sample.columns, 99)}, in this order; got {listed(frame.columns, 99)}"
         )
     ids, wanted = [str(name) for name in frame[id_column]], [str(name) for name in sample[id_column]]
     _check_unique(ids, what)
@@ -287,7 +281,7 @@ def validate_submission(
         labels = _written_as(labels, sample[columns[0]].tolist())
         if unknown := [label for label in given if label not in labels]:
             raise ValueError(
-                f"{what}: column '{columns[0]}' has unknown labels {some(unknown)}; allowed: {some(labels, 20)}"
+                f"{what}: column '{columns[0]}' has unknown labels {listed(unknown, 5)}; allowed: {listed(labels, 20)}"
             )
         return
     whole = task.kind == "ordinal" and _whole_numbers(sample, columns)
@@ -298,7 +292,7 @@ def validate_submission(
                 f"{what}: column '{name}' must hold probabilities between 0 and 1, got {numbers.min():g} to "
                 f"{numbers.max():g}"
             )
-        if hard and task.kind in HARD and np.any(numbers != np.floor(numbers)):
+        if hard and np.any(numbers != np.floor(numbers)):
             odd = numbers[numbers != np.floor(numbers)][0]
             raise ValueError(f"{what}: column '{name}' must hold labels, 0 and 1, got {odd:g}")
         if whole and np.any(numbers != np.floor(numbers)):
