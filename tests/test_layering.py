@@ -119,6 +119,7 @@ LAYERS = {
     "training/simcse.py": 3,
     "training/oof.py": 3,
     "training/assembly.py": 3,
+    "training/plan.py": 3,
     "training/one_fold.py": 4,
     "training/crossval.py": 4,
     "training/determinism.py": 4,

@@ -34,7 +34,7 @@ from comp.runs import digest
 from comp.ship.teachers import make_labels
 from comp.stability.adversarial import FGM
 from comp.stability.averaging import EMA
-from comp.training import crossval, dispatch, one_fold
+from comp.training import crossval, dispatch, plan
 from comp.training.crossval import open_tables
 from comp.training.lessons import Lesson, NoPseudo, PseudoRows, Stages, choose, open_pseudo
 from comp.training.objective import Objective
@@ -428,7 +428,7 @@ def test_everything_counted_is_counted_on_true_rows(enter: Enter) -> None:
     config = enter("multiclass")(ON)
     label()
     pseudo, table, folding = opened(config)
-    training, _ = one_fold.rows_of(0, config, table, folding)
+    training, _ = plan.rows_of(0, config, table, folding)
     lesson = pseudo.lesson(0, table, training)
     assert lesson.rows.tolist() == [*training, *range(60, 80)] and not len(lesson.lead)
     soft = lesson.table.targets["main"]
@@ -503,7 +503,7 @@ def test_weights_are_exact_whatever_the_micro_batches(enter: Enter) -> None:
     config = enter()(ON, "pseudo.weight=0.3")
     label()
     pseudo, table, folding = opened(config)
-    training, _ = one_fold.rows_of(1, config, table, folding)
+    training, _ = plan.rows_of(1, config, table, folding)
     lesson = pseudo.lesson(1, table, training)
     objective = Objective(config.tasks, lesson.table, training)
     window = np.array([*training[:5], 61, 70, 79])

@@ -30,7 +30,7 @@ from comp.runs import FoldFolder, RunFolder, claim, digest, read_json, write_jso
 from comp.runtime import Runtime, open_runtime
 from comp.training import oof
 from comp.training.crossval import open_tables, parse_folds, score_run
-from comp.training.one_fold import Fold, rows_of
+from comp.training.plan import Fold, rows_of
 from comp.training.predict import Predictions
 from comp.training.preflight import check_rows
 

@@ -33,7 +33,7 @@ from comp.runs import RUNS, RunFolder, digest, kept, read_json, write_atomic
 from comp.runtime import Runtime, open_runtime, release_memory
 from comp.training.checkpoint import load_weights
 from comp.training.crossval import open_tables, parse_folds
-from comp.training.one_fold import rows_of
+from comp.training.plan import rows_of
 from comp.training.predict import predict
 
 __all__ = [

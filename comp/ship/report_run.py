@@ -28,7 +28,7 @@ from comp.runs import RunFolder, read_json
 from comp.training import oof
 from comp.training.crossval import FOLDS
 from comp.training.lessons import NoPseudo, Stages, open_pseudo
-from comp.training.one_fold import rows_of
+from comp.training.plan import rows_of
 from comp.training.predict import CPU_TOKENS, GPU_TOKENS
 
 __all__ = ["FoldLog", "Lengths", "Padding", "RunRecord", "fold_name", "read_run"]

@@ -13,7 +13,7 @@ from comp.data.folds import Folding, get_or_make_folds
 from comp.data.leaks import Evidence, OutOfFold, better_than_can_be, lint
 from comp.data.lineage import check_lineage, read_lineage
 from comp.data.tables import Table, read_competition
-from comp.data.tokens import encode
+from comp.data.tokens import Encoded, encode
 from comp.lock import hold
 from comp.model.sources import load_tokenizer, vocabulary_digest
 from comp.runs import RUNS, RunFolder, claim, read_json, sweep, write_json
@@ -25,7 +25,8 @@ from comp.training.checkpoint import bytes_of
 from comp.training.compiling import check_compiler
 from comp.training.dispatch import How, Job, JobsFailed, Say, map_jobs, threads_each
 from comp.training.lessons import open_pseudo
-from comp.training.one_fold import Fold, Plan, Ready, Watch, rows_of, train_job, unwatched
+from comp.training.one_fold import train_job
+from comp.training.plan import Fold, Plan, Ready, Watch, rows_of, unwatched
 from comp.training.preflight import check_metric, check_parts, check_rows, check_shard, check_space, check_steps
 from comp.training.resume import SaveEvery, parse_save_every
 
@@ -124,27 +125,7 @@ def _prepare(
 ) -> tuple[Plan, list[Fold]]:
     """Return what all folds share, and which are to be trained."""
     wanted = parse_folds(folds, config.folds.num_folds)
-    if wanted == ["full"] and config.stability.averaging.name == "soup":
-        raise ValueError(
-            "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
-        )
-    if how.where == "ranks" and config.whole_batch is not None:
-        raise ValueError(
-            f"{config.whole_batch} compares the rows of a whole batch, which cannot be shared out among the processes "
-            "of torch.distributed.run; train folds side by side instead, with --jobs"
-        )
-    if how.where == "ranks" and config.evaluation.decide != "full":
-        raise ValueError(
-            f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
-            "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
-        )
-    if how.where != "serial" and config.model.cache_frozen:
-        raise ValueError(
-            "model.cache_frozen keeps the states for the folds of one process; set it to false, or leave out --jobs, "
-            "--on and torch.distributed.run"
-        )
-    if how.where == "ranks" and config.training.compile:
-        raise ValueError("training.compile does not work under torch.distributed.run; set it to false")
+    _check_how(config, wanted, how)
     check_shard(config, how.where == "ranks")
     check_tracking(config.tracking)
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
@@ -202,11 +183,7 @@ def _prepare(
             f"the run was begun with {begun_with} threads a fold, this is {threads}: numbers may differ in their last "
             f"digits from those of a run in one go; OMP_NUM_THREADS={begun_with * max(1, how.num)} keeps them"
         )
-    if encoded.num_windowed:
-        say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
-    if encoded.num_cut:
-        share = encoded.num_cut / len(encoded)
-        say(f"{encoded.num_cut:,} texts ({share:.1%}) are cut at model.max_length {config.model.max_length} tokens")
+    _say_cuts(encoded, config.model.max_length, say)
     todo = []
     for fold in wanted:
         if folder.fold(fold).done.exists():
@@ -215,6 +192,40 @@ def _prepare(
         else:
             todo.append(fold)
     return plan, todo
+
+
+def _check_how(config: Config, wanted: Sequence[Fold], how: How) -> None:
+    """Raise ValueError for what of the config does not go with the folds that are wanted, or with how they train."""
+    if wanted == ["full"] and config.stability.averaging.name == "soup":
+        raise ValueError(
+            "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
+        )
+    if how.where == "ranks" and config.whole_batch is not None:
+        raise ValueError(
+            f"{config.whole_batch} compares the rows of a whole batch, which cannot be shared out among the processes "
+            "of torch.distributed.run; train folds side by side instead, with --jobs"
+        )
+    if how.where == "ranks" and config.evaluation.decide != "full":
+        raise ValueError(
+            f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
+            "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
+        )
+    if how.where != "serial" and config.model.cache_frozen:
+        raise ValueError(
+            "model.cache_frozen keeps the states for the folds of one process; set it to false, or leave out --jobs, "
+            "--on and torch.distributed.run"
+        )
+    if how.where == "ranks" and config.training.compile:
+        raise ValueError("training.compile does not work under torch.distributed.run; set it to false")
+
+
+def _say_cuts(encoded: Encoded, max_length: int, say: Say) -> None:
+    """Say which texts are not read whole, or not in one piece."""
+    if encoded.num_windowed:
+        say(f"{encoded.num_windowed:,} texts are read as {len(encoded.offsets) - 1 - len(encoded):,} more windows")
+    if encoded.num_cut:
+        share = encoded.num_cut / len(encoded)
+        say(f"{encoded.num_cut:,} texts ({share:.1%}) are cut at model.max_length {max_length} tokens")
 
 
 def open_tables(

@@ -38,7 +38,7 @@ from comp.training.crossval import FOLDS
 from comp.training.early import Evaluation
 from comp.training.lessons import Lesson, Stages
 from comp.training.objective import Objective
-from comp.training.one_fold import rows_of
+from comp.training.plan import rows_of
 from comp.training.preflight import check_shard
 from comp.training.trainer import NonFiniteError, Parts, Stopped, TrainState, fit
 

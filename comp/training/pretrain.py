@@ -39,7 +39,7 @@ from comp.training.cadence import Cadence, Never
 from comp.training.checkpoint import BestWeights, bytes_of, load_weights, save_weights, step_of
 from comp.training.crossval import FOLDS
 from comp.training.early import Evaluation
-from comp.training.one_fold import Say
+from comp.training.job import Say
 from comp.training.preflight import check_room
 from comp.training.pretrain_stages import (
     Learner,
@@ -52,7 +52,7 @@ from comp.training.pretrain_stages import (
     steps_of,
     windows_of,
 )
-from comp.training.resume import FIRST_SIZE, SaveEvery, Saver, parse_save_every, read_state, start_digest
+from comp.training.resume import FIRST_SIZE, SaveEvery, Saver, closing, parse_save_every, read_state, start_digest
 from comp.training.trainer import Parts, Stopped, TrainState, fit
 
 __all__ = ["pretrain"]
@@ -189,12 +189,60 @@ def _lower(score: float, best: float | None) -> bool:
 def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, stopper: Stopper) -> None:
     """Train one stage from the weights in `learner`, or from its saved state, to done.json; its best weights are then
     in `learner`."""
-    config, options, runtime, lesson = plan.config, plan.options, plan.runtime, stage.lesson
-    folder = plan.folder.stage(stage.number)
+    lesson, folder = stage.lesson, plan.folder.stage(stage.number)
     sweep(folder.path)
     saved = read_state(folder, plan.say)
     if saved is None and folder.path.exists():
         shutil.rmtree(folder.path)
+    parts, held, saver = _assemble(plan, stage, learner, start_bits, saved, stopper)
+    objective, num_held_out = plan.options.objective, stage.num_held_out
+    scored = num_held_out > 0
+    what = "blocks" if isinstance(objective, MLM) and objective.packing else "texts"
+    trained = f"{len(stage.texts) - num_held_out:,} texts in {stage.num_rows:,} {what}"
+    num_steps = steps_of(plan.config, stage)[0]
+    plan.say(f"stage {stage.number}: {trained} to train on, {num_held_out:,} texts held out, {num_steps:,} steps")
+    with closing(parts, held.kept):
+        if saved is None:
+            state = TrainState()
+            held.before = held.evaluate() if scored else None
+        else:
+            state = saver.restore(saved)
+            plan.say(f"stage {stage.number}: goes on after step {state.step}")
+        state = fit(parts, state)
+        if scored:
+            held.kept.write()
+        else:
+            with parts.showing():
+                save_weights(folder.best, learner, step=state.step)
+        load_weights(folder.best, learner)  # where nothing is scored: Lookahead's slow ones
+        after = held.evaluate() if scored else None
+        summary = {
+            "steps": state.step,
+            "tokens": state.num_tokens,
+            "seconds": round(saver.seconds, 1),
+            "score": lesson.score_name if scored else None,
+            "before": held.before,
+            "best": after,
+            "best_step": step_of(folder.best),  # of a run that was killed, it may be later than the state says
+            "last": state.last_score,
+            "evaluations": state.num_evaluations,
+            "stopped_early": state.stopped_early,
+            "tokens_per_second": round(state.num_tokens / max(state.train_seconds, 1e-9)),
+            **lesson.others(),
+        }
+        parts.tracker.summary(summary)
+    told = f"{lesson.score_name} {held.before:.4f} before, {after:.4f} after" if scored else "no rows held out to score"
+    plan.say(f"stage {stage.number}: {told}, best at step {summary['best_step']} of {state.step}")
+    write_json(folder.done, summary)
+    folder.drop_state()
+
+
+def _assemble(
+    plan: Plan, stage: Stage, learner: Learner, start_bits: str, saved: dict[str, Any] | None, stopper: Stopper
+) -> tuple[Parts, HeldOutTexts, Saver]:
+    """Build all that `fit` works with; `saved`: the state to go on from."""
+    config, options, runtime, lesson = plan.config, plan.options, plan.runtime, stage.lesson
+    folder = plan.folder.stage(stage.number)
     seed_everything(config.training.seed)
     start = digest([start_bits, start_digest(learner)])
     learner.to(runtime.device)
@@ -211,7 +259,6 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
     optimizer = build_fold_optimizer(config, groups)
     num_steps, epochs, per_epoch = steps_of(config, stage)
     held = HeldOutTexts(learner, lesson, runtime, folder.best)
-    scored = stage.num_held_out > 0
     tracker = open_tracker(
         config.tracking,
         competition=config.competition.name,
@@ -234,7 +281,6 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
         every=plan.save_every,
         seconds=saved["seconds"] if saved else 0.0,
     )
-    progress = open_progress(num_steps, f"stage {stage.number}", done=saved["train"]["step"] if saved else 0)
 
     def windows(epoch: int) -> list[list[NDArray[np.int64]]]:
         lesson.epoch = epoch
@@ -265,11 +311,11 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
         keep_best=held.keep_best,
         showing=optimizer.slow_weights if isinstance(optimizer, Lookahead) else nullcontext,
         is_better=_lower,
-        cadence=cadence if scored else Never(),
+        cadence=cadence if stage.num_held_out else Never(),
         saver=saver,
         stop_asked=lambda: stopper.signal,
         tracker=tracker,
-        progress=progress,
+        progress=open_progress(num_steps, f"stage {stage.number}", done=saved["train"]["step"] if saved else 0),
         epochs=epochs,
         steps_per_epoch=per_epoch,
         peak_lr=options.lr,
@@ -279,50 +325,7 @@ def _train_stage(plan: Plan, stage: Stage, learner: Learner, start_bits: str, st
         remedy=REMEDY,
         largest=longest_window(np.arange(stage.num_rows), lesson.encoded.lengths, **sizes) if on_gpu else None,
     )
-    what = "blocks" if isinstance(options.objective, MLM) and options.objective.packing else "texts"
-    trained = f"{len(stage.texts) - stage.num_held_out:,} texts in {stage.num_rows:,} {what}"
-    plan.say(f"stage {stage.number}: {trained} to train on, {stage.num_held_out:,} texts held out, {num_steps:,} steps")
-    try:
-        if saved is None:
-            state = TrainState()
-            held.before = held.evaluate() if scored else None
-        else:
-            state = saver.restore(saved)
-            plan.say(f"stage {stage.number}: goes on after step {state.step}")
-        state = fit(parts, state)
-        if scored:
-            held.kept.write()
-            load_weights(folder.best, learner)
-        else:
-            with parts.showing():
-                save_weights(folder.best, learner, step=state.step)
-            load_weights(folder.best, learner)  # Lookahead's slow ones
-        after = held.evaluate() if scored else None
-        summary = {
-            "steps": state.step,
-            "tokens": state.num_tokens,
-            "seconds": round(saver.seconds, 1),
-            "score": lesson.score_name if scored else None,
-            "before": held.before,
-            "best": after,
-            "best_step": step_of(folder.best),  # of a run that was killed, it may be later than the state says
-            "last": state.last_score,
-            "evaluations": state.num_evaluations,
-            "stopped_early": state.stopped_early,
-            "tokens_per_second": round(state.num_tokens / max(state.train_seconds, 1e-9)),
-            **lesson.others(),
-        }
-        tracker.summary(summary)
-    except Exception:
-        held.kept.write()
-        raise
-    finally:
-        progress.close()
-        tracker.finish()
-    told = f"{lesson.score_name} {held.before:.4f} before, {after:.4f} after" if scored else "no rows held out to score"
-    plan.say(f"stage {stage.number}: {told}, best at step {summary['best_step']} of {state.step}")
-    write_json(folder.done, summary)
-    folder.drop_state()
+    return parts, held, saver
 
 
 # --- the result ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -24,9 +25,9 @@ from comp.runs import FoldFolder, digest, write_atomic
 from comp.runtime import random_state, set_random_state
 from comp.training.checkpoint import BestWeights
 from comp.training.ranks import ALONE, OneRank
-from comp.training.trainer import TrainState
+from comp.training.trainer import Parts, TrainState
 
-__all__ = ["SaveEvery", "Saver", "parse_save_every", "read_state", "start_digest"]
+__all__ = ["SaveEvery", "Saver", "closing", "parse_save_every", "read_state", "start_digest"]
 
 FIRST_SIZE = 3  # a state before any is written, in sizes of the model: weights and two moments
 SPARE = 1.2  # free space that is wanted, in sizes of a state
@@ -205,3 +206,16 @@ def start_digest(model: nn.Module) -> str:
             yield tensor.detach().cpu().contiguous().numpy().tobytes()
 
     return digest(parts())
+
+
+@contextmanager
+def closing(parts: Parts, best: BestWeights) -> Iterator[None]:
+    """End progress and tracker when a training ends; where it fails, the best weights are written first."""
+    try:
+        yield
+    except Exception:
+        best.write()
+        raise
+    finally:
+        parts.progress.close()
+        parts.tracker.finish()
