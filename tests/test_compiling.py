@@ -15,6 +15,7 @@ from safetensors import safe_open
 from comp import config_file
 from comp.data.batches import Batch
 from comp.runtime import Runtime
+from comp.tracking import NullTracker
 from comp.training import compiling, crossval, one_fold
 from comp.training.compiling import CompileReport, check_compiler
 
@@ -65,6 +66,25 @@ def test_a_compiled_run_is_the_plain_one(
     monkeypatch.setattr(one_fold, "compile_backbone", quickly)
     check(trained)
     assert 1 <= len(graphs) <= 8, "lengths and sizes are dynamic: not a graph for each"
+
+
+def test_a_compiler_that_fails_leaves_no_tracker_open(
+    trained: Callable[..., tuple[Any, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = []
+
+    class Ended(NullTracker):
+        def finish(self) -> None:
+            ends.append("tracker")
+
+    def broken(*args: Any) -> CompileReport:
+        raise ValueError("the compiler broke down")
+
+    monkeypatch.setattr(one_fold, "open_tracker", lambda *args, **options: Ended())
+    monkeypatch.setattr(one_fold, "compile_backbone", broken)
+    with pytest.raises(ValueError, match="the compiler broke down"):
+        trained("broken", compile=True)
+    assert ends == ["tracker"]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from comp.training.dispatch import How, Job, JobsFailed, Say, map_jobs, threads_
 from comp.training.lessons import open_pseudo
 from comp.training.one_fold import train_job
 from comp.training.plan import Fold, Plan, Ready, Watch, rows_of, unwatched
-from comp.training.preflight import check_metric, check_parts, check_rows, check_shard, check_space, check_steps
+from comp.training.preflight import check_how, check_metric, check_parts, check_rows, check_space, check_steps
 from comp.training.resume import SaveEvery, parse_save_every
 
 __all__ = ["FOLDS", "Begun", "begin", "open_tables", "parse_folds", "run", "score_run"]
@@ -125,8 +125,7 @@ def _prepare(
 ) -> tuple[Plan, list[Fold]]:
     """Return what all folds share, and which are to be trained."""
     wanted = parse_folds(folds, config.folds.num_folds)
-    _check_how(config, wanted, how)
-    check_shard(config, how.where == "ranks")
+    check_how(config, wanted, how)
     check_tracking(config.tracking)
     runtime, threads = open_runtime(config.training.precision), threads_each(how)
     if config.training.compile:
@@ -192,31 +191,6 @@ def _prepare(
         else:
             todo.append(fold)
     return plan, todo
-
-
-def _check_how(config: Config, wanted: Sequence[Fold], how: How) -> None:
-    """Raise ValueError for what of the config does not go with the folds that are wanted, or with how they train."""
-    if wanted == ["full"] and config.stability.averaging.name == "soup":
-        raise ValueError(
-            "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
-        )
-    if how.where == "ranks" and config.whole_batch is not None:
-        raise ValueError(
-            f"{config.whole_batch} compares the rows of a whole batch, which cannot be shared out among the processes "
-            "of torch.distributed.run; train folds side by side instead, with --jobs"
-        )
-    if how.where == "ranks" and config.evaluation.decide != "full":
-        raise ValueError(
-            f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
-            "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
-        )
-    if how.where != "serial" and config.model.cache_frozen:
-        raise ValueError(
-            "model.cache_frozen keeps the states for the folds of one process; set it to false, or leave out --jobs, "
-            "--on and torch.distributed.run"
-        )
-    if how.where == "ranks" and config.training.compile:
-        raise ValueError("training.compile does not work under torch.distributed.run; set it to false")
 
 
 def _say_cuts(encoded: Encoded, max_length: int, say: Say) -> None:

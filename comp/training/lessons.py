@@ -35,7 +35,7 @@ from comp.data.tokens import Encoded
 from comp.optim.schedules import build_schedule
 from comp.training.cadence import Cadence
 
-__all__ = ["Lesson", "NoPseudo", "PseudoRows", "Stages", "choose", "open_pseudo"]
+__all__ = ["Fold", "Lesson", "NoPseudo", "PseudoRows", "Stages", "choose", "open_pseudo"]
 
 Rows: TypeAlias = NDArray[np.int64]
 Fold: TypeAlias = int | str

@@ -21,12 +21,11 @@ from comp.runs import RunFolder
 from comp.runtime import Runtime, random_state, seed_everything, set_random_state
 from comp.training.assembly import build_fold_model
 from comp.training.job import Say
-from comp.training.lessons import NoPseudo
+from comp.training.lessons import Fold, NoPseudo
 from comp.training.resume import SaveEvery
 
 __all__ = ["Fold", "Plan", "Ready", "Watch", "rows_of", "unwatched"]
 
-Fold = int | str
 Watch = Callable[[Fold, float, float], None]
 """Fold, share of its steps done, score of an evaluation; what it raises ends the training."""
 

@@ -14,15 +14,25 @@ from comp.data.tables import Table
 from comp.metrics import evaluate
 from comp.model.text_model import TextModel
 from comp.runs import FoldFolder
-from comp.training.lessons import Lesson, Stages
+from comp.training.job import How
+from comp.training.lessons import Fold, Lesson, Stages
 from comp.training.resume import FIRST_SIZE, SaveEvery
 
-__all__ = ["check_metric", "check_parts", "check_room", "check_rows", "check_shard", "check_space", "check_steps"]
+__all__ = [
+    "check_how",
+    "check_metric",
+    "check_parts",
+    "check_room",
+    "check_rows",
+    "check_shard",
+    "check_space",
+    "check_steps",
+]
 
 Rows = NDArray[np.int64]
 
 
-def check_steps(config: Config, fold: int | str, lesson: Lesson, lengths: Rows) -> None:
+def check_steps(config: Config, fold: Fold, lesson: Lesson, lengths: Rows) -> None:
     """Raise ValueError for a fold whose steps are too few for the schedule's warm-up or for Lookahead.
 
     `lengths`: tokens of each row of the lesson's table.
@@ -37,6 +47,32 @@ def check_steps(config: Config, fold: int | str, lesson: Lesson, lengths: Rows) 
             f"fold {fold} trains for {stages.num_steps} steps, but lookahead moves its slow weights, the ones that are "
             f"kept, every {lookahead.steps} steps only: they would stay as they are; lower its steps"
         )
+
+
+def check_how(config: Config, wanted: Sequence[Fold], how: How) -> None:
+    """Raise ValueError for what of the config does not go with the folds that are wanted, or with how they train."""
+    if wanted == ["full"] and config.stability.averaging.name == "soup":
+        raise ValueError(
+            "stability.averaging 'soup' chooses by held-out rows, which --fold full has not; use swa or ema"
+        )
+    if how.where == "ranks" and config.whole_batch is not None:
+        raise ValueError(
+            f"{config.whole_batch} compares the rows of a whole batch, which cannot be shared out among the processes "
+            "of torch.distributed.run; train folds side by side instead, with --jobs"
+        )
+    if how.where == "ranks" and config.evaluation.decide != "full":
+        raise ValueError(
+            f"evaluation.decide '{config.evaluation.decide}' scores rows one look after the other, which the processes "
+            "of torch.distributed.run do not share; set it to full, or train folds side by side with --jobs"
+        )
+    if how.where != "serial" and config.model.cache_frozen:
+        raise ValueError(
+            "model.cache_frozen keeps the states for the folds of one process; set it to false, or leave out --jobs, "
+            "--on and torch.distributed.run"
+        )
+    if how.where == "ranks" and config.training.compile:
+        raise ValueError("training.compile does not work under torch.distributed.run; set it to false")
+    check_shard(config, how.where == "ranks")
 
 
 def check_shard(config: Config, together: bool) -> None:
@@ -67,7 +103,7 @@ def check_parts(model: TextModel) -> None:
         )
 
 
-def check_rows(config: Config, table: Table, fold: int | str, training: Rows, held_out: Rows) -> None:
+def check_rows(config: Config, table: Table, fold: Fold, training: Rows, held_out: Rows) -> None:
     """Raise ValueError for a fold without rows, or whose held-out rows the metric is not defined on."""
     for rows, what in ((training, "train"), *(() if fold == "full" else ((held_out, "validate"),))):
         if not len(rows):
